@@ -1,0 +1,47 @@
+"""Canonical JSON: one byte string for one value, so that its hash is an id.
+
+UTF-8, keys sorted, no spaces, no NaN or infinities, no escapes beyond those that JSON requires. Reading is strict: a
+duplicate key, trailing text or absurd nesting is an error.
+"""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from mergepipe.store.errors import BadInputError
+
+
+def dump_canonical(value: Any) -> bytes:
+    """The canonical bytes of a JSON value; raises ValueError for NaN, infinities and lone surrogates."""
+    text = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
+    return text.encode("utf-8")
+
+
+def load_strict(data: bytes, what: str) -> Any:
+    """Parse JSON from a stranger.
+
+    Raises:
+        BadInputError: not JSON, not UTF-8, a duplicate key, a NaN, or nested too deeply; the message begins
+            with ``what``.
+    """
+
+    def pairs(items: list[tuple[str, Any]]) -> dict[str, Any]:
+        value = dict(items)
+        if len(value) != len(items):
+            seen: set[str] = set()
+            twice = next(key for key, _ in items if key in seen or seen.add(key))  # type: ignore[func-returns-value]
+            raise BadInputError(f"{what}: the key {twice!r} stands twice")
+        return value
+
+    def refuse(token: str) -> Any:
+        raise BadInputError(f"{what}: {token} is not JSON")
+
+    try:
+        return json.loads(data.decode("utf-8"), object_pairs_hook=pairs, parse_constant=refuse)
+    except UnicodeDecodeError as error:
+        raise BadInputError(f"{what}: not UTF-8 text ({error.reason} at byte {error.start})") from error
+    except RecursionError as error:
+        raise BadInputError(f"{what}: nested too deeply") from error
+    except ValueError as error:
+        raise BadInputError(f"{what}: not valid JSON ({error})") from error

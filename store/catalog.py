@@ -1,0 +1,254 @@
+"""The catalog: an LMDB environment of small rows, and the only module that talks to LMDB.
+
+An object exists if and only if ``objects`` has its row. Everything but the refs can be rebuilt from the objects.
+Rows of fixed layout are described in ``docs/format.md``; variable ones are canonical JSON.
+
+One environment a process and path (LMDB's own rule), shared by all stores opened on it; never used across a fork.
+Transactions are short: nothing here stays open while weights are read.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import struct
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final, TypeVar
+
+import lmdb
+
+from mergepipe.store.digest import DIGEST_BYTES, Digest
+from mergepipe.store.errors import ConflictError, DamagedError, EnvironmentalError
+from mergepipe.store.filesystem import explain_os_error, refuse_network_filesystem
+from mergepipe.store.frame import Encoding, Kind
+
+Result = TypeVar("Result")
+DATABASES: Final = (
+    "objects", "deltas", "tensors", "commits", "children", "refs", "reflog", "results", "meta", "damaged",
+)  # fmt: skip
+_ENGINE: Final = 0  # LMDB 0.9's file format; 1.0's differs, and only one of them can open a file
+_MAP_BYTES: Final = 64 << 30  # reserved address space, not disk
+_OBJECT_ROW = struct.Struct("<BBBB4xQQQ32s")
+_NO_BASE: Final = bytes(DIGEST_BYTES)
+
+
+@dataclass(frozen=True, slots=True)
+class ObjectRow:
+    """What the catalog knows of one object. Sizes in bytes; ``touched`` is when it was last relied on (Unix time)."""
+
+    kind: Kind
+    encoding: Encoding
+    width: int
+    raw_bytes: int
+    stored_bytes: int
+    touched: int
+    base: Digest | None = None
+
+    def pack(self) -> bytes:
+        return _OBJECT_ROW.pack(
+            self.kind, self.encoding, self.width, 0,
+            self.raw_bytes, self.stored_bytes, self.touched, self.base or _NO_BASE,
+        )  # fmt: skip
+
+
+def unpack_object_row(data: bytes) -> ObjectRow:
+    """Inverse of :meth:`ObjectRow.pack`; raises ValueError or struct.error on other bytes."""
+    kind, encoding, width, _, raw, stored, touched, base = _OBJECT_ROW.unpack(data)
+    return ObjectRow(
+        Kind(kind),
+        Encoding(encoding),
+        width,
+        raw,
+        stored,
+        touched,
+        None if base == _NO_BASE else Digest(base),
+    )
+
+
+class Catalog:
+    """One open LMDB environment."""
+
+    def __init__(self, path: Path) -> None:
+        refuse_network_filesystem(path)
+        self.path = path
+        self._pid = os.getpid()
+        self.read_only = not os.access(path, os.W_OK)
+        try:
+            self._env = lmdb.open(
+                str(path),
+                map_size=_MAP_BYTES,
+                max_dbs=len(DATABASES) + 7,
+                max_readers=512,
+                readonly=self.read_only,
+                lock=not self.read_only,
+                create=not self.read_only,
+                lib_version=_ENGINE,
+            )
+            self._databases = {name: self._open_database(name) for name in DATABASES}
+        except lmdb.Error as error:
+            raise _explain(error, path) from error
+
+    def _open_database(self, name: str) -> object:
+        return self._env.open_db(name.encode(), create=not self.read_only)
+
+    @contextmanager
+    def reading(self) -> Iterator[Reading]:
+        """A short read transaction: one consistent view."""
+        self._same_process()
+        try:
+            with self._begin(write=False) as transaction:
+                yield Reading(transaction, self._databases)
+        except lmdb.Error as error:
+            raise _explain(error, self.path) from error
+
+    def write(self, change: Callable[[Writing], Result]) -> Result:
+        """Run ``change`` in one durable write transaction; all of it happens or none.
+
+        ``change`` runs again from the start where the map had to grow, so it must not mind that.
+        """
+        self._same_process()
+        if self.read_only:
+            raise EnvironmentalError(
+                f"the store is on a read-only filesystem ({self.path})",
+                hint="Copy it to where you may write.",
+            )
+        while True:
+            try:
+                with self._begin(write=True) as transaction:
+                    return change(Writing(transaction, self._databases))
+            except lmdb.MapFullError:
+                self._env.set_mapsize(self._env.info()["map_size"] * 2)
+            except lmdb.Error as error:
+                raise _explain(error, self.path) from error
+
+    def _begin(self, *, write: bool) -> lmdb.Transaction:
+        try:
+            return self._env.begin(write=write)
+        except lmdb.MapResizedError:  # another process grew the map
+            self._env.set_mapsize(0)
+            return self._env.begin(write=write)
+
+    def _same_process(self) -> None:
+        if os.getpid() != self._pid:
+            raise EnvironmentalError(
+                "this store was opened before the process forked", hint="Open the store in the child process."
+            )
+
+    def close(self) -> None:
+        self._env.close()
+
+
+class Reading:
+    """A view of all databases inside one transaction."""
+
+    def __init__(self, transaction: lmdb.Transaction, databases: dict[str, object]) -> None:
+        self._transaction = transaction
+        self._databases = databases
+
+    def get(self, database: str, key: bytes) -> bytes | None:
+        value: bytes | None = self._transaction.get(key, db=self._databases[database])
+        return value
+
+    def items(
+        self, database: str, prefix: bytes = b"", *, reverse: bool = False
+    ) -> Iterator[tuple[bytes, bytes]]:
+        """All rows whose key begins with ``prefix``, in key order."""
+        cursor = self._transaction.cursor(db=self._databases[database])
+        if reverse:
+            # The key after the last one with this prefix: step back from there.
+            found = cursor.set_range(prefix + b"\xff" * 16)
+            found = cursor.prev() if found else cursor.last()
+        else:
+            found = cursor.set_range(prefix)
+        while found:
+            key, value = cursor.item()
+            if not key.startswith(prefix):
+                return
+            yield key, value
+            found = cursor.prev() if reverse else cursor.next()
+
+    def count(self, database: str) -> int:
+        """Rows of a database."""
+        entries: int = self._transaction.stat(db=self._databases[database])["entries"]
+        return entries
+
+    def object_row(self, digest: Digest) -> ObjectRow | None:
+        """The row of an object, or None where it does not exist."""
+        data = self.get("objects", digest)
+        try:
+            return None if data is None else unpack_object_row(data)
+        except (ValueError, struct.error) as error:
+            raise DamagedError(
+                f"the catalog's row for object {digest.short} cannot be read", hint="Run `mp verify`."
+            ) from error
+
+
+class Writing(Reading):
+    """The same, with changes."""
+
+    def put(self, database: str, key: bytes, value: bytes) -> None:
+        self._transaction.put(key, value, db=self._databases[database])
+
+    def delete(self, database: str, key: bytes) -> bool:
+        done: bool = self._transaction.delete(key, db=self._databases[database])
+        return done
+
+
+_open: dict[str, tuple[int, int, Catalog]] = {}
+_guard = threading.Lock()
+
+
+def open_catalog(path: Path) -> Catalog:
+    """The process's catalog for a path; each call needs one :func:`release_catalog`."""
+    key = str(path.resolve())
+    with _guard:
+        users, pid, catalog = _open.get(key, (0, 0, None))
+        if catalog is None or pid != os.getpid():
+            try:
+                catalog, users = Catalog(path), 0
+            except OSError as error:
+                raise explain_os_error(error, f"opening the catalog in {path}") from error
+        _open[key] = (users + 1, os.getpid(), catalog)
+        return catalog
+
+
+def release_catalog(catalog: Catalog) -> None:
+    """Give a catalog back; the last user closes it."""
+    key = str(catalog.path.resolve())
+    with _guard:
+        users, pid, found = _open.get(key, (0, 0, None))
+        if found is not catalog:
+            return
+        if users > 1:
+            _open[key] = (users - 1, pid, catalog)
+        else:
+            del _open[key]
+            catalog.close()
+
+
+def unix_time() -> int:
+    """Seconds since 1970, as ``touched`` is kept."""
+    return int(time.time())
+
+
+def _explain(error: lmdb.Error, path: Path) -> Exception:
+    code = error.args[0] if error.args and isinstance(error.args[0], int) else 0
+    text = str(error)
+    if isinstance(error, lmdb.DiskError) or "No space left" in text:
+        return explain_os_error(OSError(errno.ENOSPC, text), "writing the catalog")
+    if isinstance(error, (lmdb.CorruptedError, lmdb.InvalidError, lmdb.PageNotFoundError, lmdb.PanicError)):
+        return DamagedError(
+            f"the catalog in {path} is damaged: {text}", hint="The objects are not: keep the folder."
+        )
+    if isinstance(error, lmdb.VersionMismatchError):
+        return DamagedError(f"the catalog in {path} was written by another LMDB format: {text}")
+    if isinstance(error, lmdb.LockError):
+        return ConflictError(f"the catalog in {path} is locked: {text}")
+    return EnvironmentalError(
+        f"the catalog in {path} cannot be used: {text}" + (f" ({code})" if code else "")
+    )

@@ -1,0 +1,344 @@
+"""``mp export``: a commit becomes a folder of safetensors again.
+
+What came in as safetensors goes out byte for byte: the header is kept verbatim, and the tensors follow in its order.
+The folder is built beside its destination and renamed there when it is whole and flushed.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+import shutil
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+from mergepipe.store.checkpoint import INDEX, TORCH_INDEX, is_safe_path
+from mergepipe.store.codecs import scratch
+from mergepipe.store.convert import check_conversion, convert_block
+from mergepipe.store.digest import Digest
+from mergepipe.store.dtypes import DType
+from mergepipe.store.errors import BadInputError, ConflictError, DamagedError
+from mergepipe.store.filesystem import explain_os_error, flush_directory, flush_filesystem, start_writeback
+from mergepipe.store.ingest import Progress, default_workers
+from mergepipe.store.ingest_blocks import run_bounded
+from mergepipe.store.manifest import FileEntry, TensorEntry
+from mergepipe.store.objects import ObjectReader
+from mergepipe.store.safetensors_file import SafetensorsHeader, build_header, parse_header
+from mergepipe.store.snapshot import Snapshot
+
+DEFAULT_SHARD_BYTES: Final = 5 * 10**9
+_WRITEBACK_BYTES: Final = 64 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class ExportResult:
+    """What was written. ``identical``: the weights' files are byte for byte those that were ingested."""
+
+    directory: Path
+    files: int
+    written_bytes: int
+    identical: bool
+    elapsed_seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class _OutputShard:
+    """A safetensors file to write: its name, its header, and the type that tensors are converted to."""
+
+    path: str
+    header: SafetensorsHeader
+
+
+@dataclass(frozen=True, slots=True)
+class _Piece:
+    """One block's way into a file: where its bytes go. ``to``: the element type that they are converted to."""
+
+    descriptor: int
+    position: int
+    digest: Digest
+    size: int
+    source: DType
+    to: DType
+
+
+def export_snapshot(
+    snapshot: Snapshot,
+    directory: Path,
+    *,
+    force: bool = False,
+    max_shard_bytes: int | None = None,
+    dtype: str | None = None,
+    extra_files: dict[str, bytes] | None = None,
+    workers: int | None = None,
+    progress: Progress | None = None,
+) -> ExportResult:
+    """Write a commit's checkpoint to ``directory``, which appears only when it is whole.
+
+    ``max_shard_bytes`` lays the tensors out anew; ``dtype`` (a safetensors name such as ``F32``) converts the
+    floating-point tensors, rounding to nearest even. ``extra_files`` are added to the folder.
+
+    Raises:
+        ConflictError: ``directory`` exists and ``force`` is not given.
+        DamagedError: a block is not what it was; nothing appears.
+        EnvironmentalError: the disk is full, or the like; nothing appears.
+    """
+    started = time.monotonic()
+    directory = directory.absolute()
+    if directory.exists() and not force:
+        raise ConflictError(
+            f"{directory} exists already", hint="Choose another name, or replace it with --force."
+        )
+    shards = _layout(snapshot, max_shard_bytes, dtype)
+    kept = {path: entry for path, entry in snapshot.files.items() if _belongs(path, shards)}
+    for path in [*kept, *(shard.path for shard in shards)]:
+        if not is_safe_path(path):
+            raise BadInputError(f"the commit has a file named {path!r}, which would leave the folder")
+    partial = directory.with_name(f".{directory.name}.{secrets.token_hex(4)}.part")
+    try:
+        partial.mkdir(parents=True)
+        total = sum(len(shard.header.raw) + shard.header.data_bytes for shard in shards)
+        _write_shards(snapshot, partial, shards, workers or default_workers(), _counter(progress, total))
+        written = total + _write_files(snapshot, partial, kept, extra_files or {})
+        written += _write_index(snapshot, partial, shards)
+        if not flush_filesystem(partial):
+            _flush_each(partial)
+        _put_in_place(partial, directory, force)
+    except OSError as error:
+        raise explain_os_error(error, f"writing {directory}") from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    identical = bool(snapshot.shards) and max_shard_bytes is None and dtype is None
+    count = len(shards) + len(kept) + len(extra_files or {})
+    return ExportResult(directory, count, written, identical, round(time.monotonic() - started, 3))
+
+
+def _layout(snapshot: Snapshot, max_shard_bytes: int | None, dtype: str | None) -> list[_OutputShard]:
+    target = None
+    if dtype is not None:
+        target = check_conversion(dtype)
+    if snapshot.shards and max_shard_bytes is None and target is None:
+        return [
+            _OutputShard(shard.path, _kept_header(snapshot, shard.path, shard.header))
+            for shard in snapshot.shards
+        ]
+    limit = max_shard_bytes or DEFAULT_SHARD_BYTES
+    groups: list[list[tuple[str, DType, tuple[int, ...]]]] = [[]]
+    filled = 0
+    for name, entry in snapshot.tensors.items():
+        kind = _output_type(entry, target)
+        size = kind.nbytes(entry.elements)
+        if groups[-1] and filled + size > limit:
+            groups.append([])
+            filled = 0
+        groups[-1].append((name, kind, entry.shape))
+        filled += size
+    total = len(groups)
+    stem = "adapter_model" if "adapter_config.json" in snapshot.files else "model"
+    names = (
+        [f"{stem}-{i + 1:05d}-of-{total:05d}.safetensors" for i in range(total)]
+        if total > 1
+        else [f"{stem}.safetensors"]
+    )
+    metadata = _common_metadata(snapshot)
+    return [
+        _OutputShard(name, build_header(group, metadata)) for name, group in zip(names, groups, strict=True)
+    ]
+
+
+def _kept_header(snapshot: Snapshot, path: str, entry: FileEntry) -> SafetensorsHeader:
+    """A shard's header as it came, checked against the tensors that the commit has."""
+    raw = b"".join(snapshot.file_pieces(entry))
+    length = int.from_bytes(raw[:8], "little")
+    probe = json.loads(raw[8:]) if length == len(raw) - 8 else {}
+    end = max((item["data_offsets"][1] for name, item in probe.items() if name != "__metadata__"), default=0)
+    header = parse_header(raw, end, f"the stored header of {path}")
+    for item in header.entries:
+        tensor = snapshot.entry(item.name)
+        if tensor.dtype != item.dtype.name or tensor.shape != item.shape:
+            raise DamagedError(f"the stored header of {path} disagrees with tensor {item.name!r}")
+    return header
+
+
+def _common_metadata(snapshot: Snapshot) -> dict[str, str]:
+    """Metadata for a new layout: that of the first shard that came in, else what transformers expects."""
+    for shard in snapshot.shards:
+        metadata = json.loads(b"".join(snapshot.file_pieces(shard.header))[8:]).get("__metadata__")
+        if metadata:
+            return dict(metadata)
+    return {"format": "pt"}
+
+
+def _output_type(entry: TensorEntry, target: DType | None) -> DType:
+    return target if target is not None and entry.element_type.has_statistics else entry.element_type
+
+
+def _belongs(path: str, shards: list[_OutputShard]) -> bool:
+    """Indices are written anew where the layout changes, and those of files that are not written are left out."""
+    names = {shard.path for shard in shards}
+    if path == TORCH_INDEX and any(name.endswith(".safetensors") for name in names):
+        return False
+    return path not in names
+
+
+def _write_shards(
+    snapshot: Snapshot, folder: Path, shards: list[_OutputShard], workers: int, advance: Callable[[int], None]
+) -> None:
+    descriptors: list[int] = []
+    tracker = _Writeback()
+    try:
+
+        def pieces() -> Iterator[_Piece]:
+            for shard in shards:
+                descriptor = _create(folder / shard.path)
+                descriptors.append(descriptor)
+                _pwrite(descriptor, memoryview(shard.header.raw), 0)
+                os.truncate(descriptor, len(shard.header.raw) + shard.header.data_bytes)
+                yield from _pieces_of(snapshot, shard, descriptor)
+
+        def work(piece: _Piece) -> None:
+            _copy_block(snapshot.reader, piece)
+            tracker.wrote(piece.descriptor, piece.size)
+            advance(piece.size)
+
+        with ThreadPoolExecutor(workers, thread_name_prefix="export") as pool:
+            run_bounded(pool, work, pieces(), ahead=2 * workers)
+    finally:
+        for descriptor in descriptors:
+            os.close(descriptor)
+
+
+def _pieces_of(snapshot: Snapshot, shard: _OutputShard, descriptor: int) -> Iterator[_Piece]:
+    for item in shard.header.entries:
+        entry = snapshot.entry(item.name)
+        begin = len(shard.header.raw) + item.begin
+        for index, digest in enumerate(entry.blocks):
+            offset, size = entry.block_span(index)
+            position = begin + offset * item.dtype.bits // entry.element_type.bits
+            yield _Piece(descriptor, position, digest, size, entry.element_type, item.dtype)
+
+
+def _copy_block(reader: ObjectReader, piece: _Piece) -> None:
+    data = scratch.bytes("outgoing", piece.size)
+    reader.read_block(piece.digest, data)
+    if piece.to is not piece.source:
+        data = convert_block(data, piece.source, piece.to)
+    _pwrite(piece.descriptor, memoryview(data), piece.position)
+
+
+class _Writeback:
+    """Asks the kernel now and then to begin writing, so that the flush at the end finds less to do."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._pending: dict[int, int] = {}
+
+    def wrote(self, descriptor: int, size: int) -> None:
+        with self._lock:
+            pending = self._pending.get(descriptor, 0) + size
+            self._pending[descriptor] = 0 if pending >= _WRITEBACK_BYTES else pending
+        if pending >= _WRITEBACK_BYTES:
+            start_writeback(descriptor)
+
+
+def _write_files(
+    snapshot: Snapshot, folder: Path, files: dict[str, FileEntry], extra: dict[str, bytes]
+) -> int:
+    written = 0
+    for path, entry in files.items():
+        descriptor = _create(folder / path)
+        try:
+            position = 0
+            for piece in snapshot.file_pieces(entry):
+                _pwrite(descriptor, memoryview(piece), position)
+                position += len(piece)
+        finally:
+            os.close(descriptor)
+        written += entry.size
+    for path, data in extra.items():
+        if not (folder / path).exists():
+            (folder / path).write_bytes(data)
+            written += len(data)
+    return written
+
+
+def _write_index(snapshot: Snapshot, folder: Path, shards: list[_OutputShard]) -> int:
+    """The index of a new layout; one that came in with the same layout is kept as it is."""
+    kept = {shard.path for shard in snapshot.shards} == {shard.path for shard in shards} and (
+        INDEX in snapshot.files or len(shards) == 1
+    )
+    path = folder / INDEX
+    if kept and all(_same_header(snapshot, shard) for shard in shards):
+        return 0
+    if len(shards) == 1:
+        path.unlink(missing_ok=True)
+        return 0
+    weight_map = {item.name: shard.path for shard in shards for item in shard.header.entries}
+    total = sum(shard.header.data_bytes for shard in shards)
+    text = json.dumps({"metadata": {"total_size": total}, "weight_map": weight_map}, indent=2, sort_keys=True)
+    path.unlink(missing_ok=True)
+    path.write_bytes(text.encode() + b"\n")
+    return len(text) + 1
+
+
+def _same_header(snapshot: Snapshot, shard: _OutputShard) -> bool:
+    found = next((kept for kept in snapshot.shards if kept.path == shard.path), None)
+    return found is not None and b"".join(snapshot.file_pieces(found.header)) == shard.header.raw
+
+
+def _put_in_place(partial: Path, directory: Path, force: bool) -> None:
+    """Rename the finished folder to its name; a replaced one is moved aside first and then removed."""
+    if not force or not directory.exists():
+        partial.rename(directory)
+        flush_directory(directory.parent)
+        return
+    aside = directory.with_name(f".{directory.name}.{secrets.token_hex(4)}.old")
+    directory.rename(aside)
+    try:
+        partial.rename(directory)
+    except OSError:
+        aside.rename(directory)
+        raise
+    flush_directory(directory.parent)
+    if aside.is_dir() and not aside.is_symlink():
+        shutil.rmtree(aside)
+    else:
+        aside.unlink()
+
+
+def _create(path: Path) -> int:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
+
+
+def _pwrite(descriptor: int, view: memoryview, position: int) -> None:
+    view = view.cast("B")
+    done = 0
+    while done < view.nbytes:
+        done += os.pwrite(descriptor, view[done:], position + done)
+
+
+def _flush_each(folder: Path) -> None:
+    for path in sorted(folder.rglob("*")):
+        if path.is_file():
+            with path.open("rb") as file:
+                os.fsync(file.fileno())
+
+
+def _counter(progress: Progress | None, total: int) -> Callable[[int], None]:
+    lock = threading.Lock()
+    done = 0
+
+    def advance(size: int) -> None:
+        nonlocal done
+        with lock:
+            done += size
+            if progress is not None:
+                progress("export", done, total)
+
+    return advance

@@ -1,0 +1,168 @@
+"""Names of commits: branches, which move, and tags, which do not; and the ways to write a commit.
+
+``math``            a ref
+``3fa9c1``          the beginning of a commit's id, four digits or more, where only one has it
+``math~2``          two steps along first parents (the previous commit of the ref, else the base)
+``math^2``          the second parent
+``math@{1}``        where the ref was one move ago
+``math:lm_head.weight``  a tensor of it (only where a command says so)
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Final
+
+from mergepipe.store.canonical import dump_canonical, load_strict
+from mergepipe.store.catalog import Reading
+from mergepipe.store.commits import Commit, decode_commit
+from mergepipe.store.digest import Digest
+from mergepipe.store.errors import BadInputError, DamagedError, NotFoundError, UsageError, nearest
+
+_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._+-]*(/[A-Za-z0-9_][A-Za-z0-9._+-]*)*\Z")
+_MAXIMUM_NAME: Final = 200
+_STEP = re.compile(r"(~|\^)(\d*)|@\{(\d+)\}")
+_HEX_PREFIX = re.compile(r"[0-9a-f]{4,64}\Z")
+
+
+@dataclass(frozen=True, slots=True)
+class Ref:
+    """A name and the commit that it stands for. ``kind``: branch or tag."""
+
+    name: str
+    commit: Digest
+    kind: str
+
+
+def check_ref_name(name: str) -> str:
+    """The name itself where it is a good one.
+
+    Raises:
+        UsageError: it is empty, too long, or has characters that a ref may not have.
+    """
+    if len(name) <= _MAXIMUM_NAME and _NAME.match(name) and ".." not in name and not name.endswith(".lock"):
+        return name
+    raise UsageError(
+        f"{name[:80]!r} cannot be a ref's name",
+        hint="Use letters, digits, '.', '_', '-', '+' and '/', at most 200, each part beginning with a letter or digit.",
+    )
+
+
+def ref_name_from(text: str) -> str:
+    """A good ref name made from a folder's or file's name."""
+    cleaned = re.sub(r"[^A-Za-z0-9._+-]+", "-", text).strip("-.+") or "model"
+    return re.sub(r"\.{2,}", ".", cleaned)[:_MAXIMUM_NAME].removesuffix(".lock")
+
+
+def encode_ref(ref: Ref) -> bytes:
+    """A ref's catalog row."""
+    return dump_canonical({"name": ref.name, "commit": ref.commit.hex(), "kind": ref.kind})
+
+
+def decode_ref(data: bytes) -> Ref:
+    """Inverse of :func:`encode_ref`; raises DamagedError."""
+    try:
+        value = load_strict(data, "a ref's row")
+        return Ref(str(value["name"]), Digest.parse(value["commit"]), str(value["kind"]))
+    except (BadInputError, ValueError, KeyError, TypeError) as error:
+        raise DamagedError(f"a ref's row in the catalog cannot be read ({error})") from error
+
+
+def all_refs(view: Reading) -> list[Ref]:
+    """All refs by name."""
+    return [decode_ref(value) for _, value in view.items("refs")]
+
+
+def find_ref(view: Reading, name: str) -> Ref | None:
+    """The ref of that name."""
+    data = view.get("refs", name.encode()) if 0 < len(name) <= _MAXIMUM_NAME else None
+    return decode_ref(data) if data is not None else None
+
+
+def load_commit(view: Reading, digest: Digest) -> Commit:
+    """A commit by its id; raises NotFoundError."""
+    data = view.get("commits", digest)
+    if data is None:
+        raise NotFoundError(f"there is no commit {digest.short} in this store")
+    return decode_commit(data, f"commit {digest.short}")
+
+
+def resolve(view: Reading, text: str) -> Digest:
+    """The commit that ``text`` names, in any of the ways above.
+
+    Raises:
+        NotFoundError: nothing has that name; the hint has the nearest ones.
+        UsageError: an id prefix that several commits share.
+    """
+    match = re.search(r"[~^]|@\{", text)
+    start, steps = (text[: match.start()], text[match.start() :]) if match else (text, "")
+    commit = _start(view, start)
+    position = 0
+    while position < len(steps):
+        step = _STEP.match(steps, position)
+        if step is None:
+            raise UsageError(f"{text!r} cannot be understood", hint="Write REF, REF~2, REF^2 or REF@{1}.")
+        sign, count, ago = step.groups()
+        if ago is not None:
+            if position:
+                raise UsageError(f"{text!r}: @{{n}} follows the ref's name", hint="Write REF@{1}~2.")
+            commit = _earlier(view, start, int(ago))
+        elif sign == "~":
+            for _ in range(int(count or 1)):
+                commit = _parent(view, commit, 1, text)
+        else:
+            commit = _parent(view, commit, int(count or 1), text)
+        position = step.end()
+    return commit
+
+
+def _start(view: Reading, name: str) -> Digest:
+    ref = find_ref(view, name)
+    if ref is not None:
+        return ref.commit
+    if _HEX_PREFIX.match(name):
+        found = list(_with_prefix(view, name))
+        if len(found) == 1:
+            return found[0]
+        if found:
+            ids = ", ".join(digest.short for digest in found[:5])
+            raise UsageError(f"{name!r} begins several commits: {ids}", hint="Write more digits.")
+    known = [ref.name for ref in all_refs(view)]
+    hint = nearest(name, known) or (
+        "`mp branch` lists the refs." if known else "The store is empty: `mp ingest`."
+    )
+    raise NotFoundError(f"there is no ref or commit {name!r}", hint=hint)
+
+
+def _with_prefix(view: Reading, prefix: str) -> Iterator[Digest]:
+    whole = bytes.fromhex(prefix[: len(prefix) // 2 * 2])
+    for key, _ in view.items("commits", whole):
+        if key.hex().startswith(prefix):
+            yield Digest(key)
+
+
+def _parent(view: Reading, commit: Digest, number: int, text: str) -> Digest:
+    parents = load_commit(view, commit).parents
+    if number == 0:
+        return commit
+    if number > len(parents):
+        have = "no parent" if not parents else f"{len(parents)} parents"
+        raise NotFoundError(
+            f"{text!r}: commit {commit.short} has {have}", hint="`mp log --graph` shows them."
+        )
+    return parents[number - 1].commit
+
+
+def _earlier(view: Reading, name: str, moves: int) -> Digest:
+    entries = [
+        load_strict(value, "a reflog row")
+        for _, value in view.items("reflog", name.encode() + b"\0", reverse=True)
+    ]
+    past = [entry["new"] for entry in entries]
+    if moves >= len(past) or past[moves] is None:
+        raise NotFoundError(
+            f"{name}@{{{moves}}}: the ref moved only {len(past)} times", hint="`mp log REF --reflog`"
+        )
+    return Digest.parse(past[moves])

@@ -1,0 +1,161 @@
+"""What a writer has made and not yet published: object files under ``tmp/<writer>/``, with a lease.
+
+Nothing here is visible to anybody until :func:`mergepipe.store.publish.publish` takes it. A writer that dies leaves
+its folder, whose lease names a process that is gone.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+import shutil
+import socket
+import threading
+import time
+import zlib
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Self
+
+from mergepipe.store.catalog import Catalog, ObjectRow, unix_time
+from mergepipe.store.digest import Buffer, Digest, hash_record
+from mergepipe.store.errors import MergePipeError
+from mergepipe.store.filesystem import explain_os_error, start_writeback
+from mergepipe.store.frame import HEADER_BYTES, Encoding, Header, Kind, pack_header
+from mergepipe.store.layout import Layout
+
+if TYPE_CHECKING:
+    from mergepipe.store.codecs import Bytes
+
+_RECORD_NAMES = {Kind.NODE: "node", Kind.COMMIT: "commit", Kind.PLAN: "plan"}
+_DELTA_IS_GOOD = 0.6  # below this share of the raw size nobody tries plain planes as well
+
+
+class Staging:
+    """One writer's unpublished objects. Use as a context manager; threads may share it.
+
+    ``rows`` maps each staged id to its future catalog row. ``written_bytes`` counts object files as written.
+    """
+
+    def __init__(self, layout: Layout, catalog: Catalog) -> None:
+        self.layout = layout
+        self._catalog = catalog
+        self.rows: dict[Digest, ObjectRow] = {}
+        self._claimed: set[Digest] = set()
+        self._lock = threading.Lock()
+        self.path = layout.temporary / f"{int(time.time())}-{os.getpid()}-{secrets.token_hex(4)}"
+
+    def __enter__(self) -> Self:
+        try:
+            self.path.mkdir()
+            lease = {"pid": os.getpid(), "host": socket.gethostname(), "started": time.time()}
+            (self.path / "lease.json").write_text(json.dumps(lease), encoding="utf-8")
+        except OSError as error:
+            raise explain_os_error(error, f"making the writer's folder {self.path}") from error
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        shutil.rmtree(self.path, ignore_errors=True)
+
+    @property
+    def written_bytes(self) -> int:
+        return sum(row.stored_bytes for row in self.rows.values())
+
+    def file_of(self, digest: Digest) -> Path:
+        """Where a staged object's file lies until it is published."""
+        return self.path / digest.hex()
+
+    def claim(self, digest: Digest) -> bool:
+        """Whether the caller should write this object: True once for an id that the store does not hold."""
+        with self._lock:
+            if digest in self._claimed:
+                return False
+            self._claimed.add(digest)
+        return not is_stored(self.layout, self._catalog, digest)
+
+    def add_block(
+        self, kind: Kind, digest: Digest, data: Bytes, width: int, base: tuple[Digest, Bytes] | None = None
+    ) -> ObjectRow:
+        """Encode and stage a claimed block or file piece; the smallest encoding wins.
+
+        ``base``: id and bytes of a block that is no delta itself, of the same size.
+        """
+        from mergepipe.store import codecs
+
+        size = data.nbytes
+        width = codecs.effective_width(size, width)
+        encoding, payload = Encoding.RAW, [memoryview(data)] if size else []
+        smallest = size
+        if base is not None and base[0] != digest:
+            parts = codecs.encode_delta(data, base[1], width)
+            if codecs.payload_size(parts) < smallest:
+                encoding, payload, smallest = Encoding.DELTA, parts, codecs.payload_size(parts)
+        if size and smallest > _DELTA_IS_GOOD * size:
+            parts = codecs.encode_planes(data, width)
+            if codecs.payload_size(parts) < smallest:
+                encoding, payload, smallest = Encoding.PLANES, parts, codecs.payload_size(parts)
+        base_id = base[0] if encoding is Encoding.DELTA and base else None
+        return self._write(digest, Header(kind, encoding, width, size, smallest, base_id), payload)
+
+    def add_record(self, kind: Kind, data: bytes) -> Digest:
+        """Stage a node, commit or plan, unless the store has it; returns its id."""
+        digest = hash_record(_RECORD_NAMES[kind], data)
+        if self.claim(digest):
+            small = zlib.compress(data, 6)
+            encoding, payload = (Encoding.DEFLATE, small) if len(small) < len(data) else (Encoding.RAW, data)
+            self._write(digest, Header(kind, encoding, 1, len(data), len(payload), None), [payload])
+        return digest
+
+    def _write(self, digest: Digest, header: Header, payload: list[Buffer]) -> ObjectRow:
+        path = self.file_of(digest)
+        try:
+            descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o444)
+            try:
+                _write_all(descriptor, [pack_header(header, payload), *payload])
+                start_writeback(descriptor)
+            finally:
+                os.close(descriptor)
+        except OSError as error:
+            raise explain_os_error(error, "writing objects") from error
+        row = ObjectRow(
+            header.kind,
+            header.encoding,
+            header.width,
+            header.raw_bytes,
+            HEADER_BYTES + header.payload_bytes,
+            unix_time(),
+            header.base,
+        )
+        with self._lock:
+            self.rows[digest] = row
+        return row
+
+
+def is_stored(layout: Layout, catalog: Catalog, digest: Digest) -> bool:
+    """Whether the store holds an object that is not known to be damaged.
+
+    The file's size is looked at as well: an object whose file was lost or cut is written anew.
+    """
+    with catalog.reading() as view:
+        row = view.object_row(digest)
+        if row is None or view.get("damaged", digest) is not None:
+            return False
+    try:
+        return os.stat(layout.object_path(digest)).st_size == row.stored_bytes  # noqa: PTH116  # hot path
+    except OSError:
+        return False
+
+
+def _write_all(descriptor: int, parts: list[Buffer]) -> None:
+    views = [memoryview(part).cast("B") for part in parts if memoryview(part).nbytes]
+    while views:
+        written = os.writev(descriptor, views[:16])
+        if written == 0:
+            raise MergePipeError("the system wrote nothing to an object's file")
+        while views and written >= views[0].nbytes:
+            written -= views.pop(0).nbytes
+        if written:
+            views[0] = views[0][written:]

@@ -1,0 +1,114 @@
+"""A store: the door to everything else.
+
+::
+
+    from mergepipe.store import Store
+
+    with Store.open("models/.mp") as store:
+        store.ingest(["./math"], base="Qwen3-0.6B")
+        weights = store.snapshot("math").tensor("lm_head.weight")
+        store.snapshot("math").export("./out")
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Self
+
+from mergepipe.store.catalog import open_catalog, release_catalog
+from mergepipe.store.chunking import DEFAULT_BLOCK_BYTES
+from mergepipe.store.commits import Commit
+from mergepipe.store.digest import Digest
+from mergepipe.store.errors import NotFoundError
+from mergepipe.store.layout import STORE_DIRECTORY, Layout, create_layout, find_store, read_layout
+from mergepipe.store.objects import ObjectReader
+from mergepipe.store.refs import load_commit, resolve
+from mergepipe.store.snapshot import Snapshot
+
+if TYPE_CHECKING:
+    from mergepipe.store.ingest import IngestResult
+
+
+class Store:
+    """One open store. Use as a context manager, or :meth:`close` it."""
+
+    def __init__(self, layout: Layout) -> None:
+        self.layout = layout
+        self.catalog = open_catalog(layout.catalog)
+        self.reader = ObjectReader(layout)
+
+    @classmethod
+    def create(
+        cls, path: Path | str, *, block_bytes: int = DEFAULT_BLOCK_BYTES, catalog: Path | str | None = None
+    ) -> Store:
+        """Make a new store in the directory ``path`` (usually named ``.mp``).
+
+        Raises:
+            ConflictError: there is one already.
+            EnvironmentalError: the catalog would lie on a network filesystem.
+        """
+        where = Path(catalog) if catalog is not None else None
+        return cls(create_layout(Path(path), block_bytes=block_bytes, catalog=where))
+
+    @classmethod
+    def open(cls, path: Path | str | None = None) -> Store:
+        """Open the store in ``path``: the ``.mp`` directory or the folder that has it.
+
+        Without a path: ``MP_STORE``, else the nearest ``.mp`` upwards from the working directory.
+
+        Raises:
+            NotFoundError: there is none.
+        """
+        if path is None:
+            found = find_store()
+            if found is None:
+                raise NotFoundError(
+                    "there is no store here or in a folder above",
+                    hint="Make one with `mp init` or `mp ingest`.",
+                )
+            return cls(read_layout(found))
+        root = Path(path)
+        inner = root / STORE_DIRECTORY
+        return cls(read_layout(inner if (inner / "store.json").exists() else root))
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Let go of the catalog."""
+        release_catalog(self.catalog)
+
+    def resolve(self, name: str) -> Digest:
+        """The commit that a ref, id prefix or expression such as ``ref~2`` names; raises NotFoundError."""
+        with self.catalog.reading() as view:
+            return resolve(view, name)
+
+    def commit(self, digest: Digest) -> Commit:
+        """A commit by its id; raises NotFoundError."""
+        with self.catalog.reading() as view:
+            return load_commit(view, digest)
+
+    def snapshot(self, name: str) -> Snapshot:
+        """The content of the commit that ``name`` stands for; raises NotFoundError."""
+        return self.snapshot_of(self.resolve(name))
+
+    def snapshot_of(self, digest: Digest) -> Snapshot:
+        """The content of a commit by its id; raises NotFoundError."""
+        return Snapshot(self.reader, digest, self.commit(digest))
+
+    def ingest(
+        self, paths: Sequence[Path | str], *, base: str | None = None, **options: Any
+    ) -> list[IngestResult]:
+        """Store checkpoints; see :func:`mergepipe.store.ingest.ingest`. ``base="auto"`` finds the base by itself."""
+        from mergepipe.store.ingest import ingest
+        from mergepipe.store.suggest import find_base
+
+        found = [Path(path) for path in paths]
+        if base == "auto":
+            base = find_base(self, found)
+        snapshot = self.snapshot(base) if base is not None else None
+        return ingest(self, found, base=snapshot, base_name=base or "", **options)

@@ -1,0 +1,105 @@
+"""PyTorch checkpoints (``.bin``, ``.pt``), weights only: no pickle in them ever runs code."""
+
+from __future__ import annotations
+
+import pickle
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mergepipe.store.dtypes import FROM_TORCH, DType
+from mergepipe.store.errors import BadInputError
+
+if TYPE_CHECKING:
+    import torch
+
+    from mergepipe.store.codecs import Bytes
+
+
+@dataclass
+class TorchTensor:
+    """A tensor that torch has mapped from a file."""
+
+    dtype: DType
+    shape: tuple[int, ...]
+    file: Path
+    tensor: torch.Tensor
+
+    def read_into(self, start: int, out: Bytes) -> None:
+        import torch
+
+        flat = self.tensor if self.tensor.is_contiguous() else self.tensor.contiguous()
+        data = flat.detach().reshape(-1).view(torch.uint8).numpy()
+        out[:] = data[start : start + out.nbytes]
+
+    def prefetch(self, start: int, size: int) -> None:
+        """Nothing: the mapping is read as it is touched."""
+
+
+def read_torch_file(path: Path) -> tuple[dict[str, TorchTensor], list[str]]:
+    """The tensors of a file by dotted name, and notes on what was left out.
+
+    Raises:
+        BadInputError: not a PyTorch file, or one that would run code, or a tensor that has no safetensors type.
+    """
+    value = _load(path)
+    tensors: dict[str, TorchTensor] = {}
+    skipped: list[str] = []
+    _collect(path, value, "", tensors, skipped)
+    if not tensors:
+        raise BadInputError(f"{path}: there is no tensor in it", hint="Give the file that holds the weights.")
+    notes = [f"{path.name}: left out {', '.join(skipped[:5])}, which are no tensors"] if skipped else []
+    return tensors, notes
+
+
+def _load(path: Path) -> Any:
+    import torch
+
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except pickle.UnpicklingError as error:
+        raise BadInputError(
+            f"{path}: the file would run code when it is loaded, or is damaged; nothing of it was run",
+            hint="Ask its author for safetensors, or convert it where you trust it. " + _first_line(error),
+        ) from error
+    except RuntimeError as error:
+        if "mmap" not in str(error):
+            raise BadInputError(f"{path}: not a PyTorch file ({_first_line(error)})") from error
+    except (EOFError, ValueError, KeyError, OSError, AttributeError, TypeError, UnicodeDecodeError) as error:
+        raise BadInputError(f"{path}: not a PyTorch file ({_first_line(error)})") from error
+    try:  # files from before PyTorch 1.6 cannot be mapped
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch raises many kinds for a bad file; none of them may reach the user raw
+        raise BadInputError(f"{path}: not a PyTorch file ({_first_line(error)})") from error
+
+
+def _collect(
+    path: Path, value: Any, prefix: str, tensors: dict[str, TorchTensor], skipped: list[str]
+) -> None:
+    import torch
+
+    if isinstance(value, torch.Tensor):
+        tensors[prefix] = _source(path, prefix, value)
+    elif isinstance(value, dict):
+        for key, item in value.items():
+            _collect(path, item, f"{prefix}.{key}" if prefix else str(key), tensors, skipped)
+    elif isinstance(value, list | tuple):
+        for number, item in enumerate(value):
+            _collect(path, item, f"{prefix}.{number}" if prefix else str(number), tensors, skipped)
+    else:
+        skipped.append(prefix or type(value).__name__)
+
+
+def _source(path: Path, name: str, tensor: torch.Tensor) -> TorchTensor:
+    import torch
+
+    dtype = FROM_TORCH.get(str(tensor.dtype).removeprefix("torch."))
+    if dtype is None or tensor.layout is not torch.strided or tensor.is_quantized:
+        raise BadInputError(
+            f"{path}: tensor {name!r} is {tensor.dtype} ({tensor.layout}), which safetensors does not have"
+        )
+    return TorchTensor(dtype, tuple(tensor.shape), path, tensor)
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0][:200]

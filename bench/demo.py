@@ -106,9 +106,7 @@ def _merge(demo: Demo) -> None:
         *("plan", "--base", "base", *experts, "--method", "ties", "--density", "0.3"),
         *("--budget", "50%", "-o", "p.json"),
     )
-    demo.mp(
-        "The merge reads what the plan says, and no more.", "merge", "--plan", "p.json", "--as", "merged/v1"
-    )
+    demo.mp("The merge reads what the plan says, and no more.", "merge", "--plan", "p.json", "--as", "merged/v1")
     again = demo.mp_json(
         "The same merge again: every block is known by its recipe, so no expert is read.",
         *("merge", "--plan", "p.json", "--as", "merged/v1"),
@@ -137,9 +135,7 @@ def _check_merged(base: Path, out: Path) -> None:
         return found
 
     before, after = tensors(base), tensors(out)
-    if {n: (t.shape, t.dtype) for n, t in before.items()} != {
-        n: (t.shape, t.dtype) for n, t in after.items()
-    }:
+    if {n: (t.shape, t.dtype) for n, t in before.items()} != {n: (t.shape, t.dtype) for n, t in after.items()}:
         raise StepFailedError(f"{out.name}: names, shapes or dtypes differ from the base's")
     strange = [name for name, tensor in after.items() if not bool(torch.isfinite(tensor).all())]
     if strange:

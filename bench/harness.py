@@ -200,10 +200,7 @@ class Goal:
 
 
 def print_goals(goals: Sequence[Goal]) -> None:
-    rows = [
-        [g.name, f"{g.value:.3g}{g.unit}", f"{g.limit:.3g}{g.unit}", "met" if g.met else "MISSED"]
-        for g in goals
-    ]
+    rows = [[g.name, f"{g.value:.3g}{g.unit}", f"{g.limit:.3g}{g.unit}", "met" if g.met else "MISSED"] for g in goals]
     print_table(["goal", "measured", "at most", ""], rows)
 
 
@@ -234,9 +231,7 @@ def write_report(
             ]
             for side, each in runs.items()
         },
-        "goals": [
-            {"name": g.name, "value": g.value, "limit": g.limit, "unit": g.unit, "met": g.met} for g in goals
-        ],
+        "goals": [{"name": g.name, "value": g.value, "limit": g.limit, "unit": g.unit, "met": g.met} for g in goals],
     }
     path = OUT / f"{name}.json"
     path.write_text(json.dumps(report, indent=2) + "\n")

@@ -154,9 +154,7 @@ class Reading:
         value: bytes | None = self._transaction.get(key, db=self._databases[database])
         return value
 
-    def items(
-        self, database: str, prefix: bytes = b"", *, reverse: bool = False
-    ) -> Iterator[tuple[bytes, bytes]]:
+    def items(self, database: str, prefix: bytes = b"", *, reverse: bool = False) -> Iterator[tuple[bytes, bytes]]:
         """All rows whose key begins with ``prefix``, in key order."""
         cursor = self._transaction.cursor(db=self._databases[database])
         if reverse:
@@ -242,13 +240,9 @@ def _explain(error: lmdb.Error, path: Path) -> Exception:
     if isinstance(error, lmdb.DiskError) or "No space left" in text:
         return explain_os_error(OSError(errno.ENOSPC, text), "writing the catalog")
     if isinstance(error, (lmdb.CorruptedError, lmdb.InvalidError, lmdb.PageNotFoundError, lmdb.PanicError)):
-        return DamagedError(
-            f"the catalog in {path} is damaged: {text}", hint="The objects are not: keep the folder."
-        )
+        return DamagedError(f"the catalog in {path} is damaged: {text}", hint="The objects are not: keep the folder.")
     if isinstance(error, lmdb.VersionMismatchError):
         return DamagedError(f"the catalog in {path} was written by another LMDB format: {text}")
     if isinstance(error, lmdb.LockError):
         return ConflictError(f"the catalog in {path} is locked: {text}")
-    return EnvironmentalError(
-        f"the catalog in {path} cannot be used: {text}" + (f" ({code})" if code else "")
-    )
+    return EnvironmentalError(f"the catalog in {path} cannot be used: {text}" + (f" ({code})" if code else ""))

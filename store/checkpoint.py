@@ -306,9 +306,7 @@ def _indexed(checkpoint: Checkpoint, found: Mapping[str, Path], index: str) -> l
     names: list[str] = []
     for tensor, name in weight_map.items():
         if not isinstance(name, str) or not is_safe_path(name):
-            raise BadInputError(
-                f"{where}: tensor {tensor!r} is said to lie in {name!r}, outside of the folder"
-            )
+            raise BadInputError(f"{where}: tensor {tensor!r} is said to lie in {name!r}, outside of the folder")
         if name not in found:
             raise BadInputError(
                 f"{where}: shard {name} is missing (tensor {tensor!r} should be in it)",
@@ -351,9 +349,7 @@ def _add_safetensors(checkpoint: Checkpoint, path: Path, name: str) -> None:
     header = read_header(path)
     file = checkpoint.open_file(path)
     for entry in header.entries:
-        _add_tensor(
-            checkpoint, entry.name, FileTensor(entry.dtype, entry.shape, file, len(header.raw) + entry.begin)
-        )
+        _add_tensor(checkpoint, entry.name, FileTensor(entry.dtype, entry.shape, file, len(header.raw) + entry.begin))
     checkpoint.shards.append(SourceShard(name, header))
 
 

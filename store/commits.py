@@ -77,8 +77,7 @@ def decode_commit(data: bytes, what: str) -> Commit:
         if set(value) != _FIELDS or value["kind"] not in KINDS or not isinstance(value["measured"], dict):
             raise ValueError("the fields are not those of a commit")
         parents = tuple(
-            Parent(Digest.parse(p["commit"]), _one_of(p["role"], ROLES), str(p["name"]))
-            for p in value["parents"]
+            Parent(Digest.parse(p["commit"]), _one_of(p["role"], ROLES), str(p["name"])) for p in value["parents"]
         )
         return Commit(
             tree=Digest.parse(value["tree"]),

@@ -91,9 +91,7 @@ def export_snapshot(
     started = time.monotonic()
     directory = directory.absolute()
     if directory.exists() and not force:
-        raise ConflictError(
-            f"{directory} exists already", hint="Choose another name, or replace it with --force."
-        )
+        raise ConflictError(f"{directory} exists already", hint="Choose another name, or replace it with --force.")
     shards = _layout(snapshot, max_shard_bytes, dtype)
     kept = {path: entry for path, entry in snapshot.files.items() if _belongs(path, shards)}
     for path in [*kept, *(shard.path for shard in shards)]:
@@ -123,10 +121,7 @@ def _layout(snapshot: Snapshot, max_shard_bytes: int | None, dtype: str | None) 
     if dtype is not None:
         target = check_conversion(dtype)
     if snapshot.shards and max_shard_bytes is None and target is None:
-        return [
-            _OutputShard(shard.path, _kept_header(snapshot, shard.path, shard.header))
-            for shard in snapshot.shards
-        ]
+        return [_OutputShard(shard.path, _kept_header(snapshot, shard.path, shard.header)) for shard in snapshot.shards]
     limit = max_shard_bytes or DEFAULT_SHARD_BYTES
     groups: list[list[tuple[str, DType, tuple[int, ...]]]] = [[]]
     filled = 0
@@ -146,9 +141,7 @@ def _layout(snapshot: Snapshot, max_shard_bytes: int | None, dtype: str | None) 
         else [f"{stem}.safetensors"]
     )
     metadata = _common_metadata(snapshot)
-    return [
-        _OutputShard(name, build_header(group, metadata)) for name, group in zip(names, groups, strict=True)
-    ]
+    return [_OutputShard(name, build_header(group, metadata)) for name, group in zip(names, groups, strict=True)]
 
 
 def _kept_header(snapshot: Snapshot, path: str, entry: FileEntry) -> SafetensorsHeader:
@@ -246,9 +239,7 @@ class _Writeback:
             start_writeback(descriptor)
 
 
-def _write_files(
-    snapshot: Snapshot, folder: Path, files: dict[str, FileEntry], extra: dict[str, bytes]
-) -> int:
+def _write_files(snapshot: Snapshot, folder: Path, files: dict[str, FileEntry], extra: dict[str, bytes]) -> int:
     written = 0
     for path, entry in files.items():
         descriptor = _create(folder / path)

@@ -129,9 +129,7 @@ def explain_os_error(error: OSError, doing: str) -> MergePipeError:
         )
     if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
         where = f" ({error.filename})" if error.filename else ""
-        return EnvironmentalError(
-            f"no permission while {doing}{where}", hint="Check the owner and mode of the folder."
-        )
+        return EnvironmentalError(f"no permission while {doing}{where}", hint="Check the owner and mode of the folder.")
     return EnvironmentalError(f"the system refused while {doing}: {error}")
 
 

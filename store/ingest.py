@@ -99,9 +99,7 @@ def ingest(
             pipeline = _read_everything(store, staging, arrivals, workers, progress)
             for arrival in arrivals:
                 arrival.checkpoint.check_unchanged()
-            changes = Changes(
-                deltas=pipeline.deltas, tensors=pipeline.tensor_rows, relied_on=tuple(pipeline.relied_on)
-            )
+            changes = Changes(deltas=pipeline.deltas, tensors=pipeline.tensor_rows, relied_on=tuple(pipeline.relied_on))
             results = [
                 _commit(store, staging, arrival, base, base_name, message, author, changes, started)
                 for arrival in arrivals
@@ -136,31 +134,22 @@ def _arrive(store: Store, path: Path, name: str, base: Snapshot | None, base_nam
     with store.catalog.reading() as view:
         found = find_ref(view, name)
     if found is not None and found.kind == "tag":
-        raise ConflictError(
-            f"{name!r} is a tag, and tags do not move", hint="Choose another name with --ref."
-        )
+        raise ConflictError(f"{name!r} is a tag, and tags do not move", hint="Choose another name with --ref.")
     checkpoint = open_checkpoint(path)
     try:
         works = _plan_tensors(checkpoint, base, base_name, store.layout.block_bytes)
         for file in checkpoint.files:
             if not is_safe_path(file):
-                raise BadInputError(
-                    f"{path}: the file name {file!r} cannot be kept safely", hint="Rename it."
-                )
+                raise BadInputError(f"{path}: the file name {file!r} cannot be kept safely", hint="Rename it.")
     except BaseException:
         checkpoint.close()
         raise
     return _Arrival(checkpoint, name, works, found.commit if found else None)
 
 
-def _plan_tensors(
-    checkpoint: Checkpoint, base: Snapshot | None, base_name: str, target_bytes: int
-) -> list[TensorWork]:
+def _plan_tensors(checkpoint: Checkpoint, base: Snapshot | None, base_name: str, target_bytes: int) -> list[TensorWork]:
     known = base.tensors if base is not None else {}
-    works = [
-        plan_tensor(name, source, known.get(name), target_bytes)
-        for name, source in checkpoint.tensors.items()
-    ]
+    works = [plan_tensor(name, source, known.get(name), target_bytes) for name, source in checkpoint.tensors.items()]
     if base is None or checkpoint.is_adapter:
         return works
     different = [work for work in works if work.base is not None and not _rows_agree(work)]
@@ -257,9 +246,7 @@ def _commit(
     tensors: dict[str, TensorEntry] = {work.name: work.entry() for work in arrival.works}
     assert arrival.files is not None
     written_before = staging.written_bytes
-    tree = build_tree(
-        tensors, arrival.files, arrival.shards, lambda data: staging.add_record(Kind.NODE, data)
-    )
+    tree = build_tree(tensors, arrival.files, arrival.shards, lambda data: staging.add_record(Kind.NODE, data))
     block_bytes = sum(work.written_bytes for work in arrival.works) + arrival.file_written
     previous = store.commit(arrival.before) if arrival.before else None
     base_id = base.commit_id if base is not None else None
@@ -283,9 +270,7 @@ def _commit(
         )
         commit_id = staging.add_record(Kind.COMMIT, commit.encode())
         changes.commits.append(commit)
-        changes.refs.append(
-            RefUpdate(arrival.ref, arrival.before, commit_id, "branch", "ingest", commit.author)
-        )
+        changes.refs.append(RefUpdate(arrival.ref, arrival.before, commit_id, "branch", "ingest", commit.author))
     return IngestResult(
         ref=arrival.ref,
         commit=commit_id,

@@ -58,9 +58,7 @@ class TensorWork:
         base = self.base
         if base is None or index >= len(base.blocks):
             return None
-        if block_elements(base.shape, base.chunks, index) != block_elements(
-            self.source.shape, self.chunks, index
-        ):
+        if block_elements(base.shape, base.chunks, index) != block_elements(self.source.shape, self.chunks, index):
             return None
         return base.blocks[index], base.block_span(index)[1]
 
@@ -101,9 +99,7 @@ class BlockPipeline:
 
     def run(self, groups: Iterable[list[TensorWork]]) -> None:
         """Process groups of tensors that share a name, and so a base, block by block."""
-        places = (
-            (group, index) for group in groups for index in range(max(len(work.blocks) for work in group))
-        )
+        places = ((group, index) for group in groups for index in range(max(len(work.blocks) for work in group)))
         with ThreadPoolExecutor(self.workers, thread_name_prefix="ingest") as pool:
             try:
                 run_bounded(pool, self._place, places, ahead=2 * self.workers)
@@ -121,7 +117,8 @@ class BlockPipeline:
     def _block(self, work: TensorWork, index: int, base: _BaseBlock) -> None:
         offset, size = work.span(index)
         data = scratch.bytes("incoming", size)
-        work.source.prefetch(offset + size, _PREFETCH_BLOCKS * size)
+        if index % _PREFETCH_BLOCKS == 0:
+            work.source.prefetch(offset + size, 2 * _PREFETCH_BLOCKS * size)
         work.source.read_into(offset, data)
         digest = hash_bytes(memoryview(data))
         at_base = work.base_block(index)
@@ -166,9 +163,7 @@ class BlockPipeline:
         with self.catalog.reading() as view:
             return view.get("deltas", key) is not None
 
-    def _measure(
-        self, work: TensorWork, index: int, digest: Digest, data: Bytes, base: Bytes, base_id: Digest
-    ) -> None:
+    def _measure(self, work: TensorWork, index: int, digest: Digest, data: Bytes, base: Bytes, base_id: Digest) -> None:
         assert work.base is not None
         histogram = scratch.bytes("histogram", HISTOGRAM_BINS * 8).view(np.int64)
         histogram.fill(0)
@@ -262,9 +257,7 @@ class _BaseBlock:
         self._loaded = (digest, block)
 
 
-def run_bounded(
-    pool: ThreadPoolExecutor, work: Callable[[Item], None], items: Iterable[Item], ahead: int
-) -> None:
+def run_bounded(pool: ThreadPoolExecutor, work: Callable[[Item], None], items: Iterable[Item], ahead: int) -> None:
     """Run ``work`` over ``items`` in order, ``ahead`` at a time; the first error stops it and is raised."""
     waiting: set[Future[None]] = set()
     source: Iterator[Item] = iter(items)
@@ -286,9 +279,7 @@ def run_bounded(
 
 
 def _comparable(work: TensorWork) -> bool:
-    return (
-        work.base is not None and work.source.dtype.has_statistics and work.base.element_type.has_statistics
-    )
+    return work.base is not None and work.source.dtype.has_statistics and work.base.element_type.has_statistics
 
 
 def _same_type(work: TensorWork) -> bool:

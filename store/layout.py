@@ -50,9 +50,7 @@ class Layout:
         return f"{self.root}/objects/{name[:2]}/{name[2:]}"
 
 
-def create_layout(
-    root: Path, *, block_bytes: int = DEFAULT_BLOCK_BYTES, catalog: Path | None = None
-) -> Layout:
+def create_layout(root: Path, *, block_bytes: int = DEFAULT_BLOCK_BYTES, catalog: Path | None = None) -> Layout:
     """Make a new store's directory; ``catalog`` puts the catalog outside of it (on a local disk).
 
     Raises:

@@ -136,9 +136,7 @@ class ObjectReader:
             if base is not None and base[0] == header.base:
                 codecs.decode_delta(payload, header.width, base[1], out)
             else:
-                codecs.decode_delta(
-                    payload, header.width, self._read_base(header.base, out.nbytes, role), out
-                )
+                codecs.decode_delta(payload, header.width, self._read_base(header.base, out.nbytes, role), out)
         else:
             raise ValueError("not an encoding of blocks")
 

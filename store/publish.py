@@ -83,11 +83,7 @@ def _move_objects(view: Writing, staging: Staging) -> None:
             target = layout.object_path(digest)
             source = str(staging.file_of(digest))
             known = view.object_row(digest)
-            intact = (
-                known is not None
-                and view.get("damaged", digest) is None
-                and _has_size(target, known.stored_bytes)
-            )
+            intact = known is not None and view.get("damaged", digest) is None and _has_size(target, known.stored_bytes)
             if intact:
                 continue
             # The transaction may run twice, where the map had to grow: then the file is in its place already.

@@ -130,9 +130,7 @@ def _start(view: Reading, name: str) -> Digest:
             ids = ", ".join(digest.short for digest in found[:5])
             raise UsageError(f"{name!r} begins several commits: {ids}", hint="Write more digits.")
     known = [ref.name for ref in all_refs(view)]
-    hint = nearest(name, known) or (
-        "`mp branch` lists the refs." if known else "The store is empty: `mp ingest`."
-    )
+    hint = nearest(name, known) or ("`mp branch` lists the refs." if known else "The store is empty: `mp ingest`.")
     raise NotFoundError(f"there is no ref or commit {name!r}", hint=hint)
 
 
@@ -149,20 +147,15 @@ def _parent(view: Reading, commit: Digest, number: int, text: str) -> Digest:
         return commit
     if number > len(parents):
         have = "no parent" if not parents else f"{len(parents)} parents"
-        raise NotFoundError(
-            f"{text!r}: commit {commit.short} has {have}", hint="`mp log --graph` shows them."
-        )
+        raise NotFoundError(f"{text!r}: commit {commit.short} has {have}", hint="`mp log --graph` shows them.")
     return parents[number - 1].commit
 
 
 def _earlier(view: Reading, name: str, moves: int) -> Digest:
     entries = [
-        load_strict(value, "a reflog row")
-        for _, value in view.items("reflog", name.encode() + b"\0", reverse=True)
+        load_strict(value, "a reflog row") for _, value in view.items("reflog", name.encode() + b"\0", reverse=True)
     ]
     past = [entry["new"] for entry in entries]
     if moves >= len(past) or past[moves] is None:
-        raise NotFoundError(
-            f"{name}@{{{moves}}}: the ref moved only {len(past)} times", hint="`mp log REF --reflog`"
-        )
+        raise NotFoundError(f"{name}@{{{moves}}}: the ref moved only {len(past)} times", hint="`mp log REF --reflog`")
     return Digest.parse(past[moves])

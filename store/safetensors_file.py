@@ -96,9 +96,7 @@ def _entry(name: str, item: Any, what: str) -> HeaderEntry:
         raise BadInputError(f"{place}: needs exactly dtype, shape and data_offsets")
     dtype = DTYPES.get(item["dtype"]) if isinstance(item["dtype"], str) else None
     if dtype is None:
-        raise BadInputError(
-            f"{place}: unknown dtype {item['dtype']!r}", hint=f"Known are {', '.join(DTYPES)}."
-        )
+        raise BadInputError(f"{place}: unknown dtype {item['dtype']!r}", hint=f"Known are {', '.join(DTYPES)}.")
     shape, offsets = item["shape"], item["data_offsets"]
     if not _naturals(shape) or not _naturals(offsets) or len(offsets) != 2 or len(shape) > MAXIMUM_DIMENSIONS:
         raise BadInputError(f"{place}: shape and data_offsets must be lists of whole numbers")

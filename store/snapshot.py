@@ -62,9 +62,7 @@ class Snapshot:
             return self.tensors[name]
         except KeyError:
             hint = nearest(name, self.tensors) or "`mp ls REF` lists the tensors."
-            raise NotFoundError(
-                f"there is no tensor {name!r} in commit {self.commit_id.short}", hint=hint
-            ) from None
+            raise NotFoundError(f"there is no tensor {name!r} in commit {self.commit_id.short}", hint=hint) from None
 
     def read_tensor(self, name: str, role: Role = Role.OTHER) -> Bytes:
         """A tensor's decoded bytes, ``entry.nbytes`` of them, little-endian in C order."""

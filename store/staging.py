@@ -89,12 +89,12 @@ class Staging:
         width = codecs.effective_width(size, width)
         encoding, payload = Encoding.RAW, [memoryview(data)] if size else []
         smallest = size
-        if base is not None and base[0] != digest:
+        if base is not None and base[0] != digest and width in codecs.DELTA_WIDTHS:
             parts = codecs.encode_delta(data, base[1], width)
             if codecs.payload_size(parts) < smallest:
                 encoding, payload, smallest = Encoding.DELTA, parts, codecs.payload_size(parts)
         if size and smallest > _DELTA_IS_GOOD * size:
-            parts = codecs.encode_planes(data, width)
+            parts = codecs.encode_planes(data, width, text=kind is Kind.FILE)
             if codecs.payload_size(parts) < smallest:
                 encoding, payload, smallest = Encoding.PLANES, parts, codecs.payload_size(parts)
         base_id = base[0] if encoding is Encoding.DELTA and base else None

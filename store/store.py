@@ -100,9 +100,7 @@ class Store:
         """The content of a commit by its id; raises NotFoundError."""
         return Snapshot(self.reader, digest, self.commit(digest))
 
-    def ingest(
-        self, paths: Sequence[Path | str], *, base: str | None = None, **options: Any
-    ) -> list[IngestResult]:
+    def ingest(self, paths: Sequence[Path | str], *, base: str | None = None, **options: Any) -> list[IngestResult]:
         """Store checkpoints; see :func:`mergepipe.store.ingest.ingest`. ``base="auto"`` finds the base by itself."""
         from mergepipe.store.ingest import ingest
         from mergepipe.store.suggest import find_base

@@ -73,9 +73,7 @@ def _load(path: Path) -> Any:
         raise BadInputError(f"{path}: not a PyTorch file ({_first_line(error)})") from error
 
 
-def _collect(
-    path: Path, value: Any, prefix: str, tensors: dict[str, TorchTensor], skipped: list[str]
-) -> None:
+def _collect(path: Path, value: Any, prefix: str, tensors: dict[str, TorchTensor], skipped: list[str]) -> None:
     import torch
 
     if isinstance(value, torch.Tensor):

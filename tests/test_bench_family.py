@@ -65,8 +65,7 @@ def test_experts_differ_in_touched_weights_only(family: Path) -> None:
 def test_deltas_have_the_size_asked_for(family: Path) -> None:
     name = "model.layers.0.mlp.up_proj.weight"
     base, expert = (
-        (bits(family / member)[name].astype(np.uint32) << 16).view(np.float32)
-        for member in ("base", "expert-0")
+        (bits(family / member)[name].astype(np.uint32) << 16).view(np.float32) for member in ("base", "expert-0")
     )
     assert np.std(base) == pytest.approx(0.02, rel=0.05)
     assert np.std(expert - base) == pytest.approx(2.4e-4, rel=0.05)
@@ -84,9 +83,7 @@ def test_index_agrees_with_shards(family: Path) -> None:
             header_bytes = int.from_bytes(path.read_bytes()[:8], "little")
             assert header_bytes % 8 == 0
             with safe_open(path, framework="np") as file:
-                assert {n for n, shard in index["weight_map"].items() if shard == path.name} == set(
-                    file.keys()
-                )
+                assert {n for n, shard in index["weight_map"].items() if shard == path.name} == set(file.keys())
             total += path.stat().st_size - 8 - header_bytes
         assert index["metadata"]["total_size"] == total
 

@@ -263,7 +263,7 @@ def _check_utf8(relative: str, path: Path) -> None:
 def _weight_files(checkpoint: Checkpoint, found: Mapping[str, Path]) -> list[str]:
     """Which files hold the model's tensors; the others come along as they are."""
     if INDEX in found:
-        return _indexed(checkpoint, found, INDEX)
+        return _indexed(found, INDEX)
     for single in ("model.safetensors", "adapter_model.safetensors"):
         if single in found:
             return [single]
@@ -273,7 +273,7 @@ def _weight_files(checkpoint: Checkpoint, found: Mapping[str, Path]) -> list[str
         _check_complete(checkpoint, safetensors)
         return safetensors
     if TORCH_INDEX in found:
-        return _indexed(checkpoint, found, TORCH_INDEX)
+        return _indexed(found, TORCH_INDEX)
     torch_files = [n for n in top if n.endswith(TORCH_SUFFIXES) and n not in _NO_TENSOR_FILES]
     for single in ("pytorch_model.bin", "adapter_model.bin"):
         if single in torch_files:
@@ -296,7 +296,7 @@ def _check_complete(checkpoint: Checkpoint, names: list[str]) -> None:
                     )
 
 
-def _indexed(checkpoint: Checkpoint, found: Mapping[str, Path], index: str) -> list[str]:
+def _indexed(found: Mapping[str, Path], index: str) -> list[str]:
     """The shards that an index names, checked against what they hold."""
     where = str(found[index])
     value = load_strict(found[index].read_bytes(), where)

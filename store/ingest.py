@@ -104,7 +104,7 @@ def ingest(
                 _commit(store, staging, arrival, base, base_name, message, author, changes, started)
                 for arrival in arrivals
             ]
-            if changes.commits or changes.deltas or changes.tensors:
+            if changes.commits or changes.deltas or changes.tensors or staging.rows:
                 publish(store.catalog, staging, changes)
             return [_with_stored_bytes(store, result) for result in results]
     finally:

@@ -120,7 +120,7 @@ class BlockPipeline:
         if index % _PREFETCH_BLOCKS == 0:
             work.source.prefetch(offset + size, 2 * _PREFETCH_BLOCKS * size)
         work.source.read_into(offset, data)
-        digest = hash_bytes(memoryview(data))
+        digest = hash_bytes(data.data)
         at_base = work.base_block(index)
         measured = False
         written = 0
@@ -135,7 +135,7 @@ class BlockPipeline:
             else:
                 self.relied_on.add(digest)
             if unmeasured and at_base is not None:
-                self._measure(work, index, digest, data, base.own, at_base[0])
+                self._measure(work, digest, data, base.own, at_base[0])
                 measured = True
         else:
             self.relied_on.add(digest)
@@ -163,7 +163,7 @@ class BlockPipeline:
         with self.catalog.reading() as view:
             return view.get("deltas", key) is not None
 
-    def _measure(self, work: TensorWork, index: int, digest: Digest, data: Bytes, base: Bytes, base_id: Digest) -> None:
+    def _measure(self, work: TensorWork, digest: Digest, data: Bytes, base: Bytes, base_id: Digest) -> None:
         assert work.base is not None
         histogram = scratch.bytes("histogram", HISTOGRAM_BINS * 8).view(np.int64)
         histogram.fill(0)

@@ -146,8 +146,7 @@ def build_tree(
     put: Callable[[bytes], Digest],
 ) -> Digest:
     """Write a tree bottom-up through ``put`` (node bytes -> node id); returns the root's id."""
-    Branch = dict[str, Any]
-    root: Branch = {"nodes": {}, "tensors": {}}
+    root: dict[str, Any] = {"nodes": {}, "tensors": {}}
     for name, entry in tensors.items():
         path, leaf = split_name(name)
         branch = root
@@ -155,7 +154,7 @@ def build_tree(
             branch = branch["nodes"].setdefault(part, {"nodes": {}, "tensors": {}})
         branch["tensors"][leaf] = entry
 
-    def write(branch: Branch) -> Node:
+    def write(branch: dict[str, Any]) -> Node:
         children = {name: put(write(child).encode()) for name, child in branch["nodes"].items()}
         return Node(children, branch["tensors"])
 

@@ -13,9 +13,10 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import TYPE_CHECKING, Any
 
+from mergepipe.store.chunking import MAXIMUM_BLOCK_BYTES
 from mergepipe.store.digest import Digest, hash_bytes, hash_record
 from mergepipe.store.errors import DamagedError
-from mergepipe.store.frame import HEADER_BYTES, Encoding, Header, Kind, unpack_header
+from mergepipe.store.frame import HEADER_BYTES, Encoding, Header, Kind, check_matches, unpack_header
 from mergepipe.store.layout import Layout
 
 if TYPE_CHECKING:
@@ -70,10 +71,15 @@ class ObjectReader:
             DamagedError: the object is missing, or is not what its id says.
         """
         header, payload = self._load(digest, role)
-        if header.kind is not kind or header.encoding not in (Encoding.RAW, Encoding.DEFLATE):
+        if header.kind is not kind:
             raise self._damaged(digest, f"is no {kind.name.lower()}")
+        return self._record(digest, header, payload)
+
+    def _record(self, digest: Digest, header: Header, payload: memoryview) -> bytes:
+        if header.encoding not in (Encoding.RAW, Encoding.DEFLATE):
+            raise self._damaged(digest, "is encoded in a way that its kind never is")
         data = bytes(payload) if header.encoding is Encoding.RAW else self._inflate(digest, header, payload)
-        if len(data) != header.raw_bytes or hash_record(_RECORDS[kind], data) != digest:
+        if len(data) != header.raw_bytes or hash_record(_RECORDS[header.kind], data) != digest:
             raise self._damaged(digest, "does not have the content that its id names")
         return data
 
@@ -94,11 +100,22 @@ class ObjectReader:
         header, payload = self._load(digest, role)
         if header.raw_bytes != out.nbytes:
             raise self._damaged(digest, f"holds {header.raw_bytes} bytes where {out.nbytes} were expected")
+        self._block(digest, header, payload, out, role, base)
+
+    def _block(
+        self,
+        digest: Digest,
+        header: Header,
+        payload: memoryview,
+        out: Bytes,
+        role: Role,
+        base: tuple[Digest, Bytes] | None,
+    ) -> None:
         try:
             self._decode(header, payload, out, role, base)
         except (ValueError, RuntimeError, zlib.error) as error:
             raise self._damaged(digest, f"cannot be decoded ({error})") from error
-        if hash_bytes(memoryview(out)) != digest:
+        if hash_bytes(out.data) != digest:
             raise self._damaged(digest, "does not have the content that its id names")
 
     def read_piece(self, digest: Digest, size: int, role: Role = Role.OTHER) -> bytes:
@@ -108,6 +125,25 @@ class ObjectReader:
         out = np.empty(size, np.uint8)
         self.read_block(digest, out, role)
         return out.tobytes()
+
+    def verify(self, digest: Digest) -> Header:
+        """Read an object whole and check everything: its frame, its content, and its content against its id.
+
+        Raises:
+            DamagedError: anything is not as it was written.
+        """
+        header, payload = self._load(digest, Role.OTHER)
+        if not check_matches(self._buffer("own", header.stored_bytes)):
+            raise self._damaged(digest, "has a payload that does not match its check")
+        if header.kind in _RECORDS:
+            self._record(digest, header, payload)
+            return header
+        if header.raw_bytes > MAXIMUM_BLOCK_BYTES:
+            raise self._damaged(digest, f"claims {header.raw_bytes} bytes")
+        from mergepipe.store.codecs import scratch
+
+        self._block(digest, header, payload, scratch.bytes("verified", header.raw_bytes), Role.OTHER, None)
+        return header
 
     def read_header(self, digest: Digest) -> Header:
         """An object's header alone; not counted.
@@ -148,7 +184,7 @@ class ObjectReader:
             raise ValueError(f"the base {digest.short} of the delta is a delta itself or has another size")
         out = np.empty(size, np.uint8)
         self._decode(header, payload, out, role, None)
-        if hash_bytes(memoryview(out)) != digest:
+        if hash_bytes(out.data) != digest:
             raise self._damaged(digest, "does not have the content that its id names")
         return out
 

@@ -46,7 +46,7 @@ def check_ref_name(name: str) -> str:
         return name
     raise UsageError(
         f"{name[:80]!r} cannot be a ref's name",
-        hint="Use letters, digits, '.', '_', '-', '+' and '/', at most 200, each part beginning with a letter or digit.",
+        hint="Use letters, digits and . _ - + / (at most 200), each part beginning with a letter or digit.",
     )
 
 

@@ -4,7 +4,8 @@ Kept by the pair (base block, block), so that models that share blocks share the
 delta ``new - base`` taken in float32 (float64 for F64 tensors), over one block.
 
 The sketch is a random projection with ±1 entries into 64 sums: element ``i`` is added to sum ``i mod 64`` with a
-sign that depends on ``i`` alone (bit ``i mod 64`` of splitmix64's output number ``i // 64``), so for two experts at the same place ``dot(sketch_a, sketch_b)`` is an unbiased
+sign that depends on ``i`` alone (bit ``i mod 64`` of splitmix64's output number ``i // 64``), so for two experts at the
+same place ``dot(sketch_a, sketch_b)`` is an unbiased
 estimate of ``dot(delta_a, delta_b)`` (a count sketch: Charikar, Chen and Farach-Colton, 2002).
 
 The magnitude histogram of a whole tensor counts ``|delta|`` by the upper 15 bits of its float32 pattern (8 of

@@ -1,7 +1,7 @@
 """Canonical JSON: one byte string for one value, so that its hash is an id.
 
 UTF-8, keys sorted, no spaces, no NaN or infinities, no escapes beyond those that JSON requires. Reading is strict: a
-duplicate key, trailing text or absurd nesting is an error.
+duplicate key, trailing text, half of a character or absurd nesting is an error.
 """
 
 from __future__ import annotations
@@ -18,12 +18,17 @@ def dump_canonical(value: Any) -> bytes:
     return text.encode("utf-8")
 
 
+def as_text(value: str) -> str:
+    """The text itself, or with ``?`` for what is no character: arguments and file names can have such bytes."""
+    return value.encode("utf-8", "replace").decode("utf-8")
+
+
 def load_strict(data: bytes, what: str) -> Any:
     """Parse JSON from a stranger.
 
     Raises:
-        BadInputError: not JSON, not UTF-8, a duplicate key, a NaN, or nested too deeply; the message begins
-            with ``what``.
+        BadInputError: not JSON, not UTF-8, a duplicate key, a NaN, half of a character, or nested too deeply; the
+            message begins with ``what``.
     """
 
     def pairs(items: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -38,7 +43,12 @@ def load_strict(data: bytes, what: str) -> Any:
         raise BadInputError(f"{what}: {token} is not JSON")
 
     try:
-        return json.loads(data.decode("utf-8"), object_pairs_hook=pairs, parse_constant=refuse)
+        value = json.loads(data.decode("utf-8"), object_pairs_hook=pairs, parse_constant=refuse)
+        if b"\\u" in data:  # an escape can write half a character, which no UTF-8 can
+            dump_canonical(value)
+        return value
+    except UnicodeEncodeError as error:
+        raise BadInputError(f"{what}: has half of a character (\\u{ord(error.object[error.start]):04x})") from error
     except UnicodeDecodeError as error:
         raise BadInputError(f"{what}: not UTF-8 text ({error.reason} at byte {error.start})") from error
     except RecursionError as error:

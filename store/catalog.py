@@ -89,6 +89,8 @@ class Catalog:
                 create=not self.read_only,
                 lib_version=_ENGINE,
             )
+            if not self.read_only:
+                self._env.reader_check()  # the table's places of processes that died are free again
             self._databases = {name: self._open_database(name) for name in DATABASES}
         except lmdb.Error as error:
             raise _explain(error, path) from error

@@ -18,8 +18,7 @@ from mergepipe.store.commits import decode_commit
 from mergepipe.store.digest import Digest
 from mergepipe.store.errors import BadInputError, DamagedError, MergePipeError
 from mergepipe.store.frame import Encoding, Kind
-from mergepipe.store.ingest import Progress, default_workers
-from mergepipe.store.ingest_blocks import run_bounded
+from mergepipe.store.parallel import Progress, default_workers, run_bounded
 from mergepipe.store.refs import all_refs
 from mergepipe.store.snapshot import Snapshot
 from mergepipe.store.usage import object_ids, with_bases

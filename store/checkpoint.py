@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any, Final, Protocol
 
-from mergepipe.store.canonical import load_strict
+from mergepipe.store.canonical import as_text, load_strict
 from mergepipe.store.dtypes import DType
 from mergepipe.store.errors import BadInputError, NotFoundError
 from mergepipe.store.safetensors_file import SafetensorsHeader, read_header
@@ -180,11 +180,14 @@ def open_checkpoint(path: Path) -> Checkpoint:
     """
     if not path.exists():
         raise NotFoundError(f"there is no file or folder {path}", hint=_neighbours(path))
+    if not path.is_dir() and not path.is_file():
+        raise BadInputError(f"{path} is neither a file nor a folder")
     checkpoint = Checkpoint(path)
     try:
         if path.is_dir():
             _open_directory(checkpoint)
         elif path.suffix == ".safetensors":
+            _check_utf8(path.name, path)
             _add_safetensors(checkpoint, path, path.name)
         elif path.suffix in TORCH_SUFFIXES:
             _add_torch(checkpoint, path)
@@ -254,10 +257,8 @@ def _hub_blobs(top: Path) -> list[Path]:
 
 
 def _check_utf8(relative: str, path: Path) -> None:
-    try:
-        relative.encode("utf-8")
-    except UnicodeEncodeError:
-        raise BadInputError(f"{str(path)!r}: the file's name is not UTF-8", hint="Rename it.") from None
+    if as_text(relative) != relative:
+        raise BadInputError(f"{str(path)!r}: the file's name is not UTF-8", hint="Rename it.")
 
 
 def _weight_files(checkpoint: Checkpoint, found: Mapping[str, Path]) -> list[str]:
@@ -364,6 +365,8 @@ def _add_torch(checkpoint: Checkpoint, path: Path) -> None:
 
 
 def _add_tensor(checkpoint: Checkpoint, name: str, source: TensorSource) -> None:
+    if as_text(name) != name:
+        raise BadInputError(f"{source.file}: the tensor name {name!r} is not UTF-8", hint="Rename it.")
     earlier = checkpoint.tensors.get(name)
     if earlier is not None:
         raise BadInputError(

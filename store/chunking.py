@@ -29,7 +29,8 @@ def chunk_shape(shape: tuple[int, ...], bits: int, target_bytes: int) -> tuple[i
     for axis in range(len(shape)):
         row_bits = math.prod(shape[axis + 1 :]) * bits
         rows = target_bytes * 8 // row_bits
-        if rows >= 1 or axis == len(shape) - 1:
+        # A split further in would start chunks inside of a byte where a row is no whole number of bytes.
+        if rows >= 1 or axis == len(shape) - 1 or row_bits % 8:
             step = 8 // math.gcd(row_bits, 8)
             rows = max(rows // step * step, step)
             return (1,) * axis + (min(rows, shape[axis]),) + shape[axis + 1 :]
@@ -46,13 +47,18 @@ def block_count(shape: tuple[int, ...], chunks: tuple[int, ...]) -> int:
     return math.prod(grid_shape(shape, chunks))
 
 
-def is_contiguous(shape: tuple[int, ...], chunks: tuple[int, ...]) -> bool:
-    """Whether chunks of this shape are contiguous slices: ``(1, …, 1, r, full, …, full)``."""
+def is_contiguous(shape: tuple[int, ...], chunks: tuple[int, ...], bits: int) -> bool:
+    """Whether chunks of this shape are slices of whole bytes: ``(1, …, 1, r, full, …, full)``."""
     if len(shape) != len(chunks) or any(chunk < 1 for chunk in chunks):
         return False
     split = next((axis for axis, chunk in enumerate(chunks) if chunk != 1), len(chunks))
     after = zip(shape[split + 1 :], chunks[split + 1 :], strict=True)
-    return all(chunk == max(extent, 1) for extent, chunk in after)
+    if not all(chunk == max(extent, 1) for extent, chunk in after):
+        return False
+    inner = math.prod(shape[split + 1 :]) * bits
+    along = [chunks[split] * inner] if split < len(shape) and chunks[split] < shape[split] else []
+    around = [shape[split] * inner] if split < len(shape) and math.prod(shape[:split]) > 1 else []
+    return all(size % 8 == 0 for size in along + around)
 
 
 def block_elements(shape: tuple[int, ...], chunks: tuple[int, ...], index: int) -> tuple[int, int]:

@@ -6,6 +6,8 @@ A commit is canonical JSON with exactly the fields of :class:`Commit`. Its id is
 
 from __future__ import annotations
 
+import getpass
+import os
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Any, Final
@@ -97,6 +99,14 @@ def decode_commit(data: bytes, what: str) -> Commit:
 def timestamp_now() -> str:
     """Now, as commits write it."""
     return datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%S.%fZ")
+
+
+def default_author() -> str:
+    """Who commits are by: ``MP_AUTHOR``, else the login name."""
+    try:
+        return os.environ.get("MP_AUTHOR") or getpass.getuser()
+    except (OSError, KeyError):
+        return "unknown"
 
 
 def _one_of(value: Any, known: tuple[str, ...]) -> str:

@@ -1,7 +1,7 @@
 """Element types: what safetensors calls them, how wide they are, and how their blocks are encoded.
 
-Names are those of the safetensors format. The zarr names are those of the zarr extensions registry; types
-narrower than a byte have none there and are shown by the zarr view as packed bytes.
+Names are those of the safetensors format. The zarr names are those of the zarr extensions registry (and of ml_dtypes,
+where the registry has none: ``float8_e4m3fn``). Types narrower than a byte are shown by the zarr view as packed bytes.
 """
 
 from __future__ import annotations

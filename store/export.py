@@ -25,10 +25,9 @@ from mergepipe.store.digest import Digest
 from mergepipe.store.dtypes import DType
 from mergepipe.store.errors import BadInputError, ConflictError, DamagedError
 from mergepipe.store.filesystem import explain_os_error, flush_directory, flush_filesystem, start_writeback
-from mergepipe.store.ingest import Progress, default_workers
-from mergepipe.store.ingest_blocks import run_bounded
 from mergepipe.store.manifest import FileEntry, TensorEntry
 from mergepipe.store.objects import ObjectReader
+from mergepipe.store.parallel import Progress, default_workers, run_bounded
 from mergepipe.store.safetensors_file import SafetensorsHeader, build_header, parse_header
 from mergepipe.store.snapshot import Snapshot
 
@@ -103,7 +102,8 @@ def export_snapshot(
         total = sum(len(shard.header.raw) + shard.header.data_bytes for shard in shards)
         _write_shards(snapshot, partial, shards, workers or default_workers(), _counter(progress, total))
         written = total + _write_files(snapshot, partial, kept, extra_files or {})
-        written += _write_index(snapshot, partial, shards)
+        identical = bool(snapshot.shards) and max_shard_bytes is None and dtype is None
+        written += 0 if identical else _write_index(snapshot, partial, shards)
         if not flush_filesystem(partial):
             _flush_each(partial)
         _put_in_place(partial, directory, force)
@@ -111,7 +111,6 @@ def export_snapshot(
         raise explain_os_error(error, f"writing {directory}") from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
-    identical = bool(snapshot.shards) and max_shard_bytes is None and dtype is None
     count = len(shards) + len(kept) + len(extra_files or {})
     return ExportResult(directory, count, written, identical, round(time.monotonic() - started, 3))
 
@@ -147,10 +146,10 @@ def _layout(snapshot: Snapshot, max_shard_bytes: int | None, dtype: str | None) 
 def _kept_header(snapshot: Snapshot, path: str, entry: FileEntry) -> SafetensorsHeader:
     """A shard's header as it came, checked against the tensors that the commit has."""
     raw = b"".join(snapshot.file_pieces(entry))
-    length = int.from_bytes(raw[:8], "little")
-    probe = json.loads(raw[8:]) if length == len(raw) - 8 else {}
-    end = max((item["data_offsets"][1] for name, item in probe.items() if name != "__metadata__"), default=0)
-    header = parse_header(raw, end, f"the stored header of {path}")
+    try:
+        header = parse_header(raw, None, f"the stored header of {path}")
+    except BadInputError as error:
+        raise DamagedError(error.message, hint="`mp verify` lists what is damaged.") from error
     for item in header.entries:
         tensor = snapshot.entry(item.name)
         if tensor.dtype != item.dtype.name or tensor.shape != item.shape:

@@ -6,24 +6,24 @@ one publication at the end. Several checkpoints given together are all stored or
 
 from __future__ import annotations
 
-import getpass
-import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
+from mergepipe.store.canonical import as_text
 from mergepipe.store.checkpoint import Checkpoint, OpenFile, is_safe_path, open_checkpoint
 from mergepipe.store.codecs import scratch
-from mergepipe.store.commits import Commit, Parent, timestamp_now
+from mergepipe.store.commits import Commit, Parent, default_author, timestamp_now
 from mergepipe.store.digest import Digest, hash_bytes
 from mergepipe.store.errors import BadInputError, ConflictError, UsageError
 from mergepipe.store.frame import Kind
 from mergepipe.store.ingest_blocks import BlockPipeline, TensorWork, plan_tensor
 from mergepipe.store.manifest import FileEntry, Shard, TensorEntry, build_tree
+from mergepipe.store.parallel import Progress, default_workers
 from mergepipe.store.publish import Changes, RefUpdate, publish
 from mergepipe.store.refs import check_ref_name, find_ref, ref_name_from
 from mergepipe.store.staging import Staging
@@ -32,8 +32,6 @@ from mergepipe.store.version import TOOL
 if TYPE_CHECKING:
     from mergepipe.store.snapshot import Snapshot
     from mergepipe.store.store import Store
-
-Progress = Callable[[str, int, int], None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,7 +136,7 @@ def _arrive(store: Store, path: Path, name: str, base: Snapshot | None, base_nam
     checkpoint = open_checkpoint(path)
     try:
         works = _plan_tensors(checkpoint, base, base_name, store.layout.block_bytes)
-        for file in checkpoint.files:
+        for file in [*checkpoint.files, *(shard.path for shard in checkpoint.shards)]:
             if not is_safe_path(file):
                 raise BadInputError(f"{path}: the file name {file!r} cannot be kept safely", hint="Rename it.")
     except BaseException:
@@ -250,11 +248,15 @@ def _commit(
     block_bytes = sum(work.written_bytes for work in arrival.works) + arrival.file_written
     previous = store.commit(arrival.before) if arrival.before else None
     base_id = base.commit_id if base is not None else None
-    unchanged = previous is not None and previous.tree == tree and _base_of(previous) in (base_id, None)
-    if unchanged and base_id is not None and previous is not None and _base_of(previous) is None:
-        unchanged = False
+    unchanged = (
+        previous is not None
+        and previous.tree == tree
+        and base_id in (None, arrival.before, _base_of(previous))  # a base that it had not before is news
+    )
     if unchanged and previous is not None and arrival.before is not None:
         commit_id = arrival.before
+        if previous.id == commit_id:
+            staging.add_record(Kind.COMMIT, previous.encode())  # writes it only where its file was lost
     else:
         parents = [Parent(arrival.before, "previous", arrival.ref)] if arrival.before else []
         if base_id is not None and base_id != arrival.before:
@@ -263,8 +265,8 @@ def _commit(
             tree=tree,
             parents=tuple(parents),
             kind="ingest",
-            message=message or f"ingest {arrival.checkpoint.path.absolute().name}",
-            author=author or default_author(),
+            message=as_text(message or f"ingest {arrival.checkpoint.path.absolute().name}"),
+            author=as_text(author or default_author()),
             time=timestamp_now(),
             tool=TOOL,
         )
@@ -299,16 +301,3 @@ def _with_stored_bytes(store: Store, result: IngestResult) -> IngestResult:
     from mergepipe.store.usage import stored_bytes_of
 
     return replace(result, stored_bytes=stored_bytes_of(store, result.commit))
-
-
-def default_workers() -> int:
-    """Threads for bulk work: one for each processor, and one more to wait for the disk."""
-    return len(os.sched_getaffinity(0)) + 1 if hasattr(os, "sched_getaffinity") else (os.cpu_count() or 1) + 1
-
-
-def default_author() -> str:
-    """Who commits are by: ``MP_AUTHOR``, else the login name."""
-    try:
-        return os.environ.get("MP_AUTHOR") or getpass.getuser()
-    except (OSError, KeyError):
-        return "unknown"

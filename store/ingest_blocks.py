@@ -7,22 +7,24 @@ and serves them all. Threads share the work by block; what they share is guarded
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
+from mergepipe.store.base_block import BaseBlock
 from mergepipe.store.catalog import Catalog
 from mergepipe.store.checkpoint import TensorSource
 from mergepipe.store.chunking import block_count, block_elements, chunk_shape
 from mergepipe.store.codecs import Bytes, scratch
 from mergepipe.store.digest import Digest, hash_bytes
-from mergepipe.store.frame import Encoding, Kind
+from mergepipe.store.frame import Kind
 from mergepipe.store.manifest import TensorEntry
-from mergepipe.store.objects import ObjectReader, Role
+from mergepipe.store.objects import ObjectReader
+from mergepipe.store.parallel import run_bounded
 from mergepipe.store.staging import Staging
 from mergepipe.store.statistics import (
     HISTOGRAM_BINS,
@@ -109,12 +111,12 @@ class BlockPipeline:
 
     def _place(self, place: tuple[list[TensorWork], int]) -> None:
         group, index = place
-        base = _BaseBlock(self.catalog, self.reader)
+        base = BaseBlock(self.catalog, self.reader)
         for work in group:
             if index < len(work.blocks) and not self._stopped:
                 self._block(work, index, base)
 
-    def _block(self, work: TensorWork, index: int, base: _BaseBlock) -> None:
+    def _block(self, work: TensorWork, index: int, base: BaseBlock) -> None:
         offset, size = work.span(index)
         data = scratch.bytes("incoming", size)
         if index % _PREFETCH_BLOCKS == 0:
@@ -137,6 +139,8 @@ class BlockPipeline:
             if unmeasured and at_base is not None:
                 self._measure(work, digest, data, base.own, at_base[0])
                 measured = True
+        elif self.staging.claim(digest):  # the base's own object was lost: write it anew
+            written = self.staging.add_block(Kind.BLOCK, digest, data, work.source.dtype.plane_bytes).stored_bytes
         else:
             self.relied_on.add(digest)
         self._finish(work, index, digest, at_base, measured=measured, written=written)
@@ -147,7 +151,7 @@ class BlockPipeline:
         work: TensorWork,
         digest: Digest,
         data: Bytes,
-        base: _BaseBlock,
+        base: BaseBlock,
         at_base: tuple[Digest, int] | None,
     ) -> int:
         against = None
@@ -213,69 +217,13 @@ class BlockPipeline:
         offset, size = work.span(index)
         data = scratch.bytes("incoming", size)
         work.source.read_into(offset, data)
-        base = _BaseBlock(self.catalog, self.reader)
+        base = BaseBlock(self.catalog, self.reader, "recount")  # the caller's own base block is still in use
         base.load(*at_base)
         histogram = scratch.bytes("histogram", HISTOGRAM_BINS * 8).view(np.int64)
         histogram.fill(0)
         block_statistics(data, base.own, work.source.dtype, work.base.element_type, histogram)
         with self._lock:
             _add_histogram(work, histogram)
-
-
-class _BaseBlock:
-    """The base's block of one place, decoded when first needed, and what deltas of it may be stored against.
-
-    ``own`` is the base model's block; ``root`` an id and bytes that are no delta themselves: the block itself, or the
-    block that it was stored against.
-    """
-
-    def __init__(self, catalog: Catalog, reader: ObjectReader) -> None:
-        self._catalog = catalog
-        self._reader = reader
-        self._loaded: tuple[Digest, Bytes] | None = None
-        self.root: tuple[Digest, Bytes] | None = None
-
-    @property
-    def own(self) -> Bytes:
-        assert self._loaded is not None
-        return self._loaded[1]
-
-    def load(self, digest: Digest, size: int) -> None:
-        if self._loaded is not None and self._loaded[0] == digest:
-            return
-        with self._catalog.reading() as view:
-            row = view.object_row(digest)
-        block = scratch.bytes("base", size)
-        if row is not None and row.encoding is Encoding.DELTA and row.base is not None:
-            root = scratch.bytes("root", size)
-            self._reader.read_block(row.base, root, Role.BASE)
-            self.root = (row.base, root)
-            self._reader.read_block(digest, block, Role.BASE, self.root)
-        else:
-            self._reader.read_block(digest, block, Role.BASE)
-            self.root = (digest, block)
-        self._loaded = (digest, block)
-
-
-def run_bounded(pool: ThreadPoolExecutor, work: Callable[[Item], None], items: Iterable[Item], ahead: int) -> None:
-    """Run ``work`` over ``items`` in order, ``ahead`` at a time; the first error stops it and is raised."""
-    waiting: set[Future[None]] = set()
-    source: Iterator[Item] = iter(items)
-    try:
-        for item in source:
-            waiting.add(pool.submit(work, item))
-            if len(waiting) >= ahead:
-                done, waiting = wait(waiting, return_when=FIRST_COMPLETED)
-                for future in done:
-                    future.result()
-        while waiting:
-            done, waiting = wait(waiting, return_when=FIRST_COMPLETED)
-            for future in done:
-                future.result()
-    except BaseException:
-        for future in waiting:
-            future.cancel()
-        raise
 
 
 def _comparable(work: TensorWork) -> bool:

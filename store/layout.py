@@ -21,7 +21,7 @@ from mergepipe.store.canonical import load_strict
 from mergepipe.store.chunking import DEFAULT_BLOCK_BYTES, MAXIMUM_BLOCK_BYTES, MINIMUM_BLOCK_BYTES
 from mergepipe.store.digest import Digest
 from mergepipe.store.errors import BadInputError, ConflictError, NotFoundError, UsageError
-from mergepipe.store.filesystem import flush_directory, refuse_network_filesystem, write_durably
+from mergepipe.store.filesystem import explain_os_error, flush_directory, refuse_network_filesystem, write_durably
 
 STORE_DIRECTORY: Final = ".mp"
 FORMAT_VERSION: Final = 1
@@ -58,11 +58,12 @@ def create_layout(root: Path, *, block_bytes: int = DEFAULT_BLOCK_BYTES, catalog
         UsageError: the block size is out of range.
         EnvironmentalError: the catalog would lie on a network filesystem.
     """
-    if not MINIMUM_BLOCK_BYTES <= block_bytes <= MAXIMUM_BLOCK_BYTES or block_bytes & (block_bytes - 1):
+    if not _is_block_size(block_bytes):
         raise UsageError(
             f"a block size of {block_bytes} bytes is not possible",
             hint="Use a power of two from 4KiB to 64MiB; 2MiB is the default.",
         )
+    root = root.absolute()
     if (root / _SETTINGS).exists():
         raise ConflictError(f"there is a store in {root} already", hint="Use it, or choose another folder.")
     where = catalog.absolute() if catalog else root / "catalog"
@@ -83,6 +84,10 @@ def create_layout(root: Path, *, block_bytes: int = DEFAULT_BLOCK_BYTES, catalog
     return Layout(root, block_bytes, where)
 
 
+def _is_block_size(size: int) -> bool:
+    return MINIMUM_BLOCK_BYTES <= size <= MAXIMUM_BLOCK_BYTES and size & (size - 1) == 0
+
+
 def read_layout(root: Path) -> Layout:
     """Open an existing store's directory.
 
@@ -90,13 +95,16 @@ def read_layout(root: Path) -> Layout:
         NotFoundError: there is no store.
         BadInputError: its settings cannot be read, or it was made by a later release.
     """
+    root = root.absolute()  # a reader must not depend on the working directory
     path = root / _SETTINGS
     try:
         data = path.read_bytes()
     except (FileNotFoundError, NotADirectoryError):
         raise NotFoundError(f"there is no store in {root}", hint="Make one with `mp init`.") from None
+    except OSError as error:
+        raise explain_os_error(error, f"reading {path}") from error
     value = load_strict(data, str(path))
-    if not isinstance(value, dict) or type(value.get("format")) is not int:
+    if not isinstance(value, dict) or type(value.get("format")) is not int or value["format"] < 1:
         raise BadInputError(f"{path}: not a store's settings")
     if value["format"] > FORMAT_VERSION:
         raise BadInputError(
@@ -104,7 +112,7 @@ def read_layout(root: Path) -> Layout:
             hint="Upgrade mergepipe.",
         )
     block_bytes, catalog = value.get("block_bytes"), value.get("catalog")
-    if type(block_bytes) is not int or not isinstance(catalog, str):
+    if type(block_bytes) is not int or not _is_block_size(block_bytes) or not isinstance(catalog, str):
         raise BadInputError(f"{path}: not a store's settings")
     return Layout(root, block_bytes, root / catalog)
 

@@ -26,6 +26,7 @@ from mergepipe.store.dtypes import DTYPES, DType
 from mergepipe.store.errors import BadInputError
 
 MAXIMUM_DIMENSIONS = 64
+MAXIMUM_DEPTH = 64  # of the tree; what is deeper in a tensor's name stays in its leaf
 
 
 @dataclass(frozen=True)
@@ -130,7 +131,7 @@ def split_name(name: str) -> tuple[tuple[str, ...], str]:
     """
     parts = name.split(".")
     layer = next((i for i, part in enumerate(parts[:-1]) if part.isascii() and part.isdigit()), None)
-    depth = layer + 1 if layer is not None else max(len(parts) - 2, 0)
+    depth = min(layer + 1 if layer is not None else max(len(parts) - 2, 0), MAXIMUM_DEPTH)
     return tuple(parts[:depth]), ".".join(parts[depth:])
 
 
@@ -196,7 +197,7 @@ def decode_node(data: bytes, what: str) -> Node:
 def decode_tensor(value: Any) -> TensorEntry:
     """One leaf from JSON; raises ValueError or TypeError."""
     dtype, shape, chunks = _text(value["dtype"]), _extents(value["shape"]), _extents(value["chunks"])
-    if dtype not in DTYPES or len(shape) > MAXIMUM_DIMENSIONS or not is_contiguous(shape, chunks):
+    if dtype not in DTYPES or len(shape) > MAXIMUM_DIMENSIONS or not is_contiguous(shape, chunks, DTYPES[dtype].bits):
         raise ValueError(f"a tensor of {dtype} {shape} cut into {chunks}")
     blocks = tuple(Digest.parse(block) for block in value["blocks"])
     if len(blocks) != block_count(shape, chunks):

@@ -14,6 +14,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from mergepipe.store.canonical import dump_canonical
 from mergepipe.store.catalog import Catalog, Writing, unix_time
@@ -89,14 +90,14 @@ def _move_objects(view: Writing, staging: Staging) -> None:
             # The transaction may run twice, where the map had to grow: then the file is in its place already.
             if os.path.exists(source):  # noqa: PTH110  # hot path
                 os.replace(source, target)  # noqa: PTH105
-                directories.add(target[: target.rindex("/")])
+            directories.add(target[: target.rindex("/")])
             view.put("objects", digest, row.pack())
             view.delete("damaged", digest)
         if not directories:
             return
         if not flush_filesystem(layout.objects):
             for directory in sorted(directories):
-                flush_directory(layout.root / directory)
+                flush_directory(Path(directory))
     except OSError as error:
         raise explain_os_error(error, "moving new objects into place") from error
 

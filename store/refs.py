@@ -23,7 +23,7 @@ from mergepipe.store.errors import BadInputError, DamagedError, NotFoundError, U
 
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._+-]*(/[A-Za-z0-9_][A-Za-z0-9._+-]*)*\Z")
 _MAXIMUM_NAME: Final = 200
-_STEP = re.compile(r"(~|\^)(\d*)|@\{(\d+)\}")
+_STEP = re.compile(r"(~|\^)(\d{0,9})|@\{(\d{1,9})\}")
 _HEX_PREFIX = re.compile(r"[0-9a-f]{4,64}\Z")
 
 
@@ -53,7 +53,8 @@ def check_ref_name(name: str) -> str:
 def ref_name_from(text: str) -> str:
     """A good ref name made from a folder's or file's name."""
     cleaned = re.sub(r"[^A-Za-z0-9._+-]+", "-", text).strip("-.+") or "model"
-    return re.sub(r"\.{2,}", ".", cleaned)[:_MAXIMUM_NAME].removesuffix(".lock")
+    short = re.sub(r"\.{2,}", ".", cleaned)[:_MAXIMUM_NAME]
+    return re.sub(r"(\.lock)+\Z", "", short)
 
 
 def encode_ref(ref: Ref) -> bytes:
@@ -77,16 +78,28 @@ def all_refs(view: Reading) -> list[Ref]:
 
 def find_ref(view: Reading, name: str) -> Ref | None:
     """The ref of that name."""
-    data = view.get("refs", name.encode()) if 0 < len(name) <= _MAXIMUM_NAME else None
+    data = view.get("refs", name.encode()) if len(name) <= _MAXIMUM_NAME and _NAME.match(name) else None
     return decode_ref(data) if data is not None else None
 
 
+def require_ref(view: Reading, name: str) -> Ref:
+    """The ref of exactly that name; raises NotFoundError that suggests the nearest."""
+    found = find_ref(view, name)
+    if found is None:
+        hint = nearest(name, [ref.name for ref in all_refs(view)]) or "`mp ls` lists the refs."
+        raise NotFoundError(f"there is no ref {name!r}", hint=hint)
+    return found
+
+
 def load_commit(view: Reading, digest: Digest) -> Commit:
-    """A commit by its id; raises NotFoundError."""
+    """A commit by its id; raises NotFoundError, or DamagedError where the catalog's copy of it cannot be read."""
     data = view.get("commits", digest)
     if data is None:
         raise NotFoundError(f"there is no commit {digest.short} in this store")
-    return decode_commit(data, f"commit {digest.short}")
+    try:
+        return decode_commit(data, f"commit {digest.short}")
+    except BadInputError as error:
+        raise DamagedError(error.message, hint="`mp verify` lists what is damaged.") from error
 
 
 def resolve(view: Reading, text: str) -> Digest:

@@ -69,8 +69,8 @@ def read_header(path: Path) -> SafetensorsHeader:
     return parse_header(length.to_bytes(8, "little") + raw, size - 8 - length, str(path))
 
 
-def parse_header(raw: bytes, data_bytes: int, what: str) -> SafetensorsHeader:
-    """Check header bytes (with the eight bytes of length) for a file with ``data_bytes`` after them.
+def parse_header(raw: bytes, data_bytes: int | None, what: str) -> SafetensorsHeader:
+    """Check header bytes (with the eight bytes of length) for a file with ``data_bytes`` after them (None: any).
 
     Raises:
         BadInputError: not a valid header; the message begins with ``what``.
@@ -112,14 +112,14 @@ def _naturals(value: Any) -> bool:
     return isinstance(value, list) and all(type(v) is int and 0 <= v < 1 << 62 for v in value)
 
 
-def _check_cover(entries: list[HeaderEntry], data_bytes: int, what: str) -> None:
+def _check_cover(entries: list[HeaderEntry], data_bytes: int | None, what: str) -> None:
     position = 0
     for entry in entries:
         if entry.begin != position:
             kind = "overlaps the tensor before it" if entry.begin < position else "leaves a gap before it"
             raise BadInputError(f"{what}: tensor {entry.name!r} {kind} (it begins at {entry.begin})")
         position = entry.end
-    if position != data_bytes:
+    if data_bytes is not None and position != data_bytes:
         problem = "cut off" if position > data_bytes else "followed by bytes that no tensor owns"
         raise BadInputError(
             f"{what}: the tensors take {position} bytes, the file has {data_bytes}: it is {problem}",

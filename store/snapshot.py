@@ -7,6 +7,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from mergepipe.store.chunking import MAXIMUM_BLOCK_BYTES
 from mergepipe.store.commits import Commit
 from mergepipe.store.digest import Digest
 from mergepipe.store.errors import BadInputError, DamagedError, NotFoundError, nearest
@@ -100,11 +101,11 @@ class Snapshot:
     def file_pieces(self, entry: FileEntry) -> Iterator[bytes]:
         """A file's content piece by piece."""
         left = entry.size
-        for index, digest in enumerate(entry.blocks):
+        for digest in entry.blocks:
             header = self.reader.read_header(digest)
-            size = left if index == len(entry.blocks) - 1 else header.raw_bytes
-            if size > left:
-                raise DamagedError(f"a file's piece {digest.short} is longer than the file")
+            size = header.raw_bytes
+            if size > left or size > MAXIMUM_BLOCK_BYTES:
+                raise DamagedError(f"a file's piece {digest.short} is longer than it can be")
             yield self.reader.read_piece(digest, size)
             left -= size
         if left:

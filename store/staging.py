@@ -87,6 +87,8 @@ class Staging:
 
         size = data.nbytes
         width = codecs.effective_width(size, width)
+        if base is not None and self._may_be_a_base(digest):
+            base = None
         encoding, payload = Encoding.RAW, [memoryview(data)] if size else []
         smallest = size
         if base is not None and base[0] != digest and width in codecs.DELTA_WIDTHS:
@@ -99,6 +101,12 @@ class Staging:
                 encoding, payload, smallest = Encoding.PLANES, parts, codecs.payload_size(parts)
         base_id = base[0] if encoding is Encoding.DELTA and base else None
         return self._write(digest, Header(kind, encoding, width, size, smallest, base_id), payload)
+
+    def _may_be_a_base(self, digest: Digest) -> bool:
+        """Whether a lost object that is written anew was no delta before: others may be deltas to it."""
+        with self._catalog.reading() as view:
+            row = view.object_row(digest)
+        return row is not None and row.encoding is not Encoding.DELTA
 
     def add_record(self, kind: Kind, data: bytes) -> Digest:
         """Stage a node, commit or plan, unless the store has it; returns its id."""

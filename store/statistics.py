@@ -14,7 +14,6 @@ exponent, 7 of mantissa), 32,768 bins that add up over blocks.
 
 from __future__ import annotations
 
-import struct
 from dataclasses import dataclass
 
 import numpy as np
@@ -25,8 +24,7 @@ from mergepipe.store.codecs import Bytes, scratch
 from mergepipe.store.dtypes import DType
 from mergepipe.store.errors import DamagedError
 from mergepipe.store.kernels import HISTOGRAM_BINS, SKETCH_SIZE
-
-_ROW = struct.Struct("<QQddd")
+from mergepipe.store.norms import HEAD
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,15 +40,15 @@ class DeltaStatistics:
 
     def pack(self) -> bytes:
         """The catalog row: two u64, three f64, 64 f32, little-endian."""
-        head = _ROW.pack(self.elements, self.changed, self.l2, self.l1, self.largest)
+        head = HEAD.pack(self.elements, self.changed, self.l2, self.l1, self.largest)
         return head + self.sketch.astype("<f4").tobytes()
 
 
 def unpack_statistics(data: bytes) -> DeltaStatistics:
     """Inverse of :meth:`DeltaStatistics.pack`; raises DamagedError."""
-    if len(data) != _ROW.size + 4 * SKETCH_SIZE:
+    if len(data) != HEAD.size + 4 * SKETCH_SIZE:
         raise DamagedError("a row of delta statistics cannot be read", hint="Run `mp verify`.")
-    return DeltaStatistics(*_ROW.unpack(data[: _ROW.size]), np.frombuffer(data, "<f4", offset=_ROW.size))
+    return DeltaStatistics(*HEAD.unpack(data[: HEAD.size]), np.frombuffer(data, "<f4", offset=HEAD.size))
 
 
 def block_statistics(

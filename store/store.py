@@ -67,7 +67,7 @@ class Store:
                     "there is no store here or in a folder above",
                     hint="Make one with `mp init` or `mp ingest`.",
                 )
-            return cls(read_layout(found))
+            path = found
         root = Path(path)
         inner = root / STORE_DIRECTORY
         return cls(read_layout(inner if (inner / "store.json").exists() else root))

@@ -69,7 +69,7 @@ def suggest_base(store: Store, path: Path) -> Suggestion | None:
     if not refs:
         return None
     with open_checkpoint(path) as checkpoint:
-        own_name = ref_name_from(path.absolute().name)
+        own_name = ref_name_from(path.absolute().name if path.is_dir() else path.absolute().stem)
         hint = PurePosixPath(checkpoint.base_hint()).name
         seen: set[bytes] = set()
         candidates: list[tuple[str, Snapshot]] = []

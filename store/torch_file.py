@@ -5,7 +5,7 @@ from __future__ import annotations
 import pickle
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 from mergepipe.store.dtypes import FROM_TORCH, DType
 from mergepipe.store.errors import BadInputError
@@ -14,6 +14,8 @@ if TYPE_CHECKING:
     import torch
 
     from mergepipe.store.codecs import Bytes
+
+_REPEATED_BYTES: Final = 64 << 20  # what a tensor may take beyond its file's size: views can repeat elements
 
 
 @dataclass
@@ -28,8 +30,9 @@ class TorchTensor:
     def read_into(self, start: int, out: Bytes) -> None:
         import torch
 
-        flat = self.tensor if self.tensor.is_contiguous() else self.tensor.contiguous()
-        data = flat.detach().reshape(-1).view(torch.uint8).numpy()
+        plain = self.tensor.detach().resolve_conj().resolve_neg().contiguous()  # itself, where it is plain already
+        # Not reshape(-1): a single element keeps a stride other than 1 through that, and cannot be viewed as bytes.
+        data = plain.as_strided((plain.numel(),), (1,)).view(torch.uint8).numpy()
         out[:] = data[start : start + out.nbytes]
 
     def prefetch(self, start: int, size: int) -> None:
@@ -45,7 +48,10 @@ def read_torch_file(path: Path) -> tuple[dict[str, TorchTensor], list[str]]:
     value = _load(path)
     tensors: dict[str, TorchTensor] = {}
     skipped: list[str] = []
-    _collect(path, value, "", tensors, skipped)
+    try:
+        _collect(path, value, "", tensors, skipped)
+    except RecursionError as error:
+        raise BadInputError(f"{path}: nested too deeply, or inside of itself") from error
     if not tensors:
         raise BadInputError(f"{path}: there is no tensor in it", hint="Give the file that holds the weights.")
     notes = [f"{path.name}: left out {', '.join(skipped[:5])}, which are no tensors"] if skipped else []
@@ -62,14 +68,12 @@ def _load(path: Path) -> Any:
             f"{path}: the file would run code when it is loaded, or is damaged; nothing of it was run",
             hint="Ask its author for safetensors, or convert it where you trust it. " + _first_line(error),
         ) from error
-    except RuntimeError as error:
-        if "mmap" not in str(error):
+    except Exception as error:  # torch raises many kinds for a bad file; none of them may reach the user raw
+        if not isinstance(error, RuntimeError) or "mmap" not in str(error):
             raise BadInputError(f"{path}: not a PyTorch file ({_first_line(error)})") from error
-    except (EOFError, ValueError, KeyError, OSError, AttributeError, TypeError, UnicodeDecodeError) as error:
-        raise BadInputError(f"{path}: not a PyTorch file ({_first_line(error)})") from error
     try:  # files from before PyTorch 1.6 cannot be mapped
         return torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch raises many kinds for a bad file; none of them may reach the user raw
+    except Exception as error:
         raise BadInputError(f"{path}: not a PyTorch file ({_first_line(error)})") from error
 
 
@@ -77,6 +81,8 @@ def _collect(path: Path, value: Any, prefix: str, tensors: dict[str, TorchTensor
     import torch
 
     if isinstance(value, torch.Tensor):
+        if prefix in tensors:
+            raise BadInputError(f"{path}: two of its tensors would both be called {prefix!r}", hint="Rename one.")
         tensors[prefix] = _source(path, prefix, value)
     elif isinstance(value, dict):
         for key, item in value.items():
@@ -91,10 +97,16 @@ def _collect(path: Path, value: Any, prefix: str, tensors: dict[str, TorchTensor
 def _source(path: Path, name: str, tensor: torch.Tensor) -> TorchTensor:
     import torch
 
+    if tensor.device.type != "cpu":
+        raise BadInputError(f"{path}: tensor {name!r} has no data in it (it was saved on the {tensor.device} device)")
     dtype = FROM_TORCH.get(str(tensor.dtype).removeprefix("torch."))
     if dtype is None or tensor.layout is not torch.strided or tensor.is_quantized:
         raise BadInputError(
             f"{path}: tensor {name!r} is {tensor.dtype} ({tensor.layout}), which safetensors does not have"
+        )
+    if tensor.nbytes > path.stat().st_size + _REPEATED_BYTES:
+        raise BadInputError(
+            f"{path}: tensor {name!r} repeats its elements to {tensor.nbytes} bytes, far more than the file has"
         )
     return TorchTensor(dtype, tuple(tensor.shape), path, tensor)
 

@@ -1,0 +1,46 @@
+"""``mp du``."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from typing import Final
+
+from mergepipe.cli.options import JsonOption, StoreOption, open_store
+from mergepipe.cli.tables import Cell, Row, plural, print_table
+from mergepipe.cli.terminal import say, say_json
+from mergepipe.store.sizes import format_size
+from mergepipe.store.usage import usage
+
+EXAMPLES: Final = """
+mp du
+mp du --json
+"""
+
+
+def command(store: StoreOption = None, json: JsonOption = False) -> None:
+    """Show what the store takes on disk, and which ref holds what.
+
+    logical: the model as it came. stored: its objects as they lie on disk, with the base blocks that its
+    differences need. alone: what no other ref needs as well, and so what `mp rm` could make free.
+    """
+    with open_store(store) as opened:
+        found = usage(opened)
+    if json:
+        say_json(asdict(found))
+        return
+    rows: list[Row] = [
+        [
+            Cell(ref.ref, "green"),
+            format_size(ref.logical_bytes),
+            format_size(ref.stored_bytes),
+            format_size(ref.alone_bytes),
+        ]
+        for ref in found.refs
+    ]
+    if rows:
+        print_table(["ref", "logical", "stored", "alone"], rows, right="logical stored alone")
+        say()
+    ratio = f", {found.logical_bytes / found.stored_bytes:.1f} times less" if found.stored_bytes else ""
+    say(f"logical       {format_size(found.logical_bytes)} in {plural(len(found.refs), 'ref')}")
+    say(f"deduplicated  {format_size(found.unique_bytes)}")
+    say(f"stored        {format_size(found.stored_bytes)} in {plural(found.objects, 'object')}{ratio}")

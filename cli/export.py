@@ -1,0 +1,69 @@
+"""``mp export``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Final
+
+import typer
+
+from mergepipe.cli.options import JsonOption, RefArgument, StoreOption, open_store
+from mergepipe.cli.progress import progress_bar
+from mergepipe.cli.tables import plural, seconds_text
+from mergepipe.cli.terminal import say, say_json
+from mergepipe.store.sizes import format_size, parse_size
+
+EXAMPLES: Final = """
+mp export merged/v1 ./out
+mp export merged/v1 ./out --force --max-shard-size 2GB
+mp export math ./math-f32 --dtype float32
+"""
+
+
+def command(
+    ref: RefArgument,
+    directory: Annotated[Path, typer.Argument(metavar="DIR", help="The folder to make.")],
+    force: Annotated[bool, typer.Option("--force", "-f", help="Replace DIR where it exists.")] = False,
+    max_shard_size: Annotated[
+        str | None,
+        typer.Option("--max-shard-size", metavar="SIZE", help="Lay the tensors out anew, in files up to this size."),
+    ] = None,
+    dtype: Annotated[
+        str | None,
+        typer.Option("--dtype", metavar="TYPE", help="Convert floating-point tensors: float32, bfloat16, float16, ..."),
+    ] = None,
+    store: StoreOption = None,
+    json: JsonOption = False,
+) -> None:
+    """Write a commit out again as safetensors.
+
+    What came in as safetensors comes out byte for byte, with all other files of its folder. DIR appears only
+    when it is whole, and is never overwritten without --force.
+    """
+    from mergepipe.store.export import export_snapshot
+
+    size = parse_size(max_shard_size) if max_shard_size is not None else None
+    with open_store(store) as opened:
+        snapshot = opened.snapshot(ref)
+        with progress_bar(quiet=json) as progress:
+            result = export_snapshot(
+                snapshot, directory, force=force, max_shard_bytes=size, dtype=dtype, progress=progress
+            )
+    if json:
+        say_json(
+            {
+                "ref": ref,
+                "commit": snapshot.commit_id.hex(),
+                "directory": str(result.directory),
+                "files": result.files,
+                "written_bytes": result.written_bytes,
+                "identical": result.identical,
+                "elapsed_seconds": result.elapsed_seconds,
+            }
+        )
+        return
+    same = ", identical to what came in" if result.identical else ""
+    say(
+        f"{result.directory}: {plural(result.files, 'file')}, {format_size(result.written_bytes)}{same}, "
+        f"{seconds_text(result.elapsed_seconds)}"
+    )

@@ -1,0 +1,122 @@
+"""``mp ingest``."""
+
+from __future__ import annotations
+
+import shlex
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Final
+
+import typer
+
+from mergepipe.cli.options import JsonOption, StoreOption, complete_ref, open_or_make_store
+from mergepipe.cli.progress import progress_bar
+from mergepipe.cli.tables import plural, seconds_text, share
+from mergepipe.cli.terminal import note, paint, say, say_json
+from mergepipe.store.sizes import format_size
+
+if TYPE_CHECKING:
+    from mergepipe.store.ingest import IngestResult
+    from mergepipe.store.store import Store
+
+EXAMPLES: Final = """
+mp ingest ./Qwen3-0.6B
+mp ingest ./math ./code --base Qwen3-0.6B
+mp ingest ./math --base auto --message "second epoch"
+mp ingest ./lora-chat --base Qwen3-0.6B --ref adapters/chat
+"""
+
+
+def command(
+    paths: Annotated[
+        list[Path],
+        typer.Argument(metavar="PATH...", help="Model folders, adapter folders, .safetensors, .bin or .pt files."),
+    ],
+    ref: Annotated[
+        str | None, typer.Option("--ref", metavar="NAME", help="The ref to move (default: the folder's name).")
+    ] = None,
+    base: Annotated[
+        str | None,
+        typer.Option(
+            "--base",
+            metavar="REF|auto",
+            help="What they were trained from: differences are stored. auto: find it.",
+            autocompletion=complete_ref,
+        ),
+    ] = None,
+    message: Annotated[str, typer.Option("--message", "-m", metavar="TEXT", help="Why; the log shows it.")] = "",
+    store: StoreOption = None,
+    json: JsonOption = False,
+) -> None:
+    """Store checkpoints: blocks are kept once, experts as differences from their base.
+
+    Takes Hugging Face folders (sharded or not, with every other file in them), PEFT adapter folders, single
+    .safetensors files, and PyTorch files (weights only: no code in them is run). Each becomes a commit that
+    its ref points at. Several given together are all stored, or none. What is in the store already is not
+    written again.
+    """
+    opened, is_new = open_or_make_store(store)
+    try:
+        with opened:
+            if is_new:
+                note(f"made a store in {opened.layout.root}")
+            if base is None:
+                _suggest(opened, paths, ref)
+            options: dict[str, Any] = {"ref": ref, "message": message}
+            with progress_bar(quiet=json) as progress:
+                results = opened.ingest(paths, base=base, progress=progress, **options)
+    except BaseException:
+        if is_new:  # nothing was stored: leave no empty store behind
+            shutil.rmtree(opened.layout.root, ignore_errors=True)
+        raise
+    for result in results:
+        for text in result.notes:
+            note(f"note: {text}")
+    if json:
+        say_json([_as_json(result) for result in results])
+        return
+    for result in results:
+        say(_line(result))
+
+
+def _suggest(store: Store, paths: Sequence[Path], ref: str | None) -> None:
+    """Say which base a checkpoint seems to have, with the command that would have used it."""
+    from mergepipe.store.suggest import suggest_base
+
+    for path in paths:
+        found = suggest_base(store, path)
+        if found is not None:
+            words = ["mp", "ingest", str(path), *(["--ref", ref] if ref else []), "--base", found.ref]
+            note(f"{path} looks like a fine-tune of {found.ref}: {found.reason}.")
+            note(f"To store only the differences: {shlex.join(words)}")
+
+
+def _as_json(result: IngestResult) -> dict[str, object]:
+    return {
+        "ref": result.ref,
+        "commit": result.commit.hex(),
+        "tensors": result.tensors,
+        "blocks": result.blocks,
+        "raw_bytes": result.raw_bytes,
+        "stored_bytes": result.stored_bytes,
+        "written_bytes": result.written_bytes,
+        "reused_blocks": result.reused_blocks,
+        "elapsed_seconds": result.elapsed_seconds,
+        "unchanged": result.unchanged,
+        "notes": list(result.notes),
+    }
+
+
+def _line(result: IngestResult) -> str:
+    head = f"{paint(result.ref, 'green')}  {paint(result.commit.short, 'yellow')}"
+    content = f"{format_size(result.raw_bytes)} in {plural(result.tensors, 'tensor')}"
+    if result.unchanged:
+        return f"{head}  {content}: as it was, nothing to write"
+    blocks = plural(result.blocks, "block")
+    shared = share(result.reused_blocks, result.blocks)
+    known = f"{blocks}, {shared} of them known already" if result.reused_blocks else blocks
+    new = f"{format_size(result.written_bytes)} written"
+    if result.raw_bytes:
+        new += f" ({share(result.written_bytes, result.raw_bytes)})"
+    return f"{head}  {content}, {known}: {new}, {seconds_text(result.elapsed_seconds)}"

@@ -1,0 +1,154 @@
+"""``mp log``."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Any, Final
+
+import typer
+
+from mergepipe.cli.graph import Lanes
+from mergepipe.cli.options import JsonOption, StoreOption, complete_ref, open_store
+from mergepipe.cli.tables import Cell, Row, local_time, print_table
+from mergepipe.cli.terminal import note, paint, say, say_json
+from mergepipe.store.commits import Commit
+from mergepipe.store.digest import Digest
+from mergepipe.store.history import Entry, Move, reflog, refs_by_commit, short_length, walk
+from mergepipe.store.refs import Ref, all_refs, require_ref, resolve
+from mergepipe.store.store import Store
+
+EXAMPLES: Final = """
+mp log merged/v1 --graph
+mp log -n 0 --json                    # everything, for a script
+mp log math --reflog                  # where math has been: math@{1}, math@{2}, ...
+"""
+
+
+def command(
+    ref: Annotated[
+        str | None,
+        typer.Argument(metavar="[REF]", help="Where to start (default: all refs).", autocompletion=complete_ref),
+    ] = None,
+    graph: Annotated[bool, typer.Option("--graph", help="Draw the lines between commits.")] = False,
+    limit: Annotated[int, typer.Option("--limit", "-n", metavar="N", min=0, help="How many; 0 is all.")] = 20,
+    moves: Annotated[bool, typer.Option("--reflog", help="Show how refs moved instead, also removed ones.")] = False,
+    store: StoreOption = None,
+    json: JsonOption = False,
+) -> None:
+    """Show where models came from, newest first.
+
+    Each commit with the refs that point at it, and what it was made from: the previous commit of its ref, the
+    base, the experts.
+    """
+    with open_store(store) as opened:
+        if moves:
+            _log_moves(opened, ref, limit, as_json=json)
+        else:
+            _log_commits(opened, ref, limit, graph=graph, as_json=json)
+
+
+def _log_commits(store: Store, ref: str | None, limit: int, *, graph: bool, as_json: bool) -> None:
+    with store.catalog.reading() as view:
+        starts = [resolve(view, ref)] if ref is not None else [each.commit for each in all_refs(view)]
+        entries = list(walk(view, starts, limit + 1 if limit else None))
+        is_cut = bool(limit) and len(entries) > limit
+        entries = entries[:limit] if limit else entries
+        names = refs_by_commit(view)
+        digits = short_length(view, (entry.id for entry in entries))
+    if as_json:
+        say_json([_commit_json(entry, names.get(entry.id, [])) for entry in entries])
+        return
+    if not entries:
+        note("There are no commits yet. `mp ingest PATH` makes the first.")
+    lanes = Lanes() if graph else None
+    for entry in entries:
+        _print_commit(entry, names, digits, lanes)
+    if is_cut:
+        note(f"(the newest {limit}; -n 0 shows all)")
+
+
+def _print_commit(entry: Entry, names: Mapping[Digest, Sequence[Ref]], digits: int, lanes: Lanes | None) -> None:
+    commit = entry.commit
+    head = _headline(entry, names.get(entry.id, []), digits)
+    origin = _origin(commit)
+    if lanes is None:
+        say(head)
+        if origin:
+            say(" " * (digits + 2) + origin)
+        return
+    own, links, below = lanes.place(entry.id, [parent.commit for parent in commit.parents])
+    say(f"{own}  {head}")
+    if links or origin:
+        say(f"{links or below}  {origin}".rstrip())
+
+
+def _headline(entry: Entry, refs: Sequence[Ref], digits: int) -> str:
+    commit = entry.commit
+    parts = [paint(entry.id.hex()[:digits], "yellow")]
+    if refs:
+        shown = [paint(ref.name, "magenta" if ref.kind == "tag" else "green") for ref in refs]
+        parts.append(f"({', '.join(shown)})")
+    parts += [commit.kind, local_time(commit.time), commit.author, commit.message.splitlines()[0] or "-"]
+    return "  ".join(part for part in parts if part)
+
+
+def _origin(commit: Commit) -> str:
+    """``base Qwen3-0.6B, expert math, expert code``: the parents but for a plain previous one."""
+    if all(parent.role == "previous" for parent in commit.parents):
+        return ""
+    parts = [
+        f"{paint(parent.role, 'dim')} {parent.name or parent.commit.short}" if parent.role != "previous" else "previous"
+        for parent in commit.parents
+    ]
+    return ", ".join(parts)
+
+
+def _commit_json(entry: Entry, refs: Sequence[Ref]) -> dict[str, Any]:
+    commit = entry.commit
+    return {
+        "commit": entry.id.hex(),
+        "kind": commit.kind,
+        "refs": [ref.name for ref in refs],
+        "parents": [parent.as_json() for parent in commit.parents],
+        "message": commit.message,
+        "time": commit.time,
+        "author": commit.author,
+        "tree": commit.tree.hex(),
+        "plan": commit.plan.hex() if commit.plan else None,
+        "measured": commit.measured,
+        "tool": commit.tool,
+    }
+
+
+def _log_moves(store: Store, ref: str | None, limit: int, *, as_json: bool) -> None:
+    with store.catalog.reading() as view:
+        moves = reflog(view, ref)
+        if ref is not None and not moves:
+            require_ref(view, ref)
+    moves = moves[:limit] if limit else moves
+    if as_json:
+        say_json([_move_json(move) for move in moves])
+        return
+    rows: list[Row] = [
+        [
+            Cell(f"{move.ref}@{{{move.ago}}}", "green"),
+            Cell(move.new.short, "yellow") if move.new else Cell("removed", "red"),
+            local_time(move.time),
+            move.author,
+            move.reason,
+        ]
+        for move in moves
+    ]
+    print_table(["move", "commit", "time", "author", "reason"], rows)
+
+
+def _move_json(move: Move) -> dict[str, Any]:
+    return {
+        "ref": move.ref,
+        "ago": move.ago,
+        "old": move.old.hex() if move.old else None,
+        "new": move.new.hex() if move.new else None,
+        "reason": move.reason,
+        "author": move.author,
+        "time": move.time,
+    }

@@ -33,13 +33,16 @@ class Entry:
 
 COMMANDS: Final = (
     Entry("init", START, "Make an empty store."),
-    Entry("ingest", START, "Store checkpoints: blocks are kept once, experts as differences from their base."),
+    Entry("ingest", START, "Store checkpoints; experts as differences from their base."),
     Entry("export", START, "Write a commit out again as safetensors."),
     Entry("log", LOOK, "Show where models came from, newest first."),
     Entry("ls", LOOK, "List the refs, or a commit's tensors and files."),
     Entry("show", LOOK, "Show a commit, a tensor or a file in detail."),
     Entry("diff", LOOK, "Show what changed between two commits."),
-    Entry("du", LOOK, "Show what the store takes on disk, and which ref holds what."),
+    Entry("du", LOOK, "Show what the store takes on disk, and which ref holds it."),
+    Entry("plan", MERGE, "Decide what a merge will read, before anything is read."),
+    Entry("explain", MERGE, "Say for each tensor and expert what a plan reads, and why not the rest."),
+    Entry("merge", MERGE, "Carry out a plan; the result is a commit."),
     Entry("branch", KEEP, "List branches, or make one."),
     Entry("tag", KEEP, "List tags, or make one; tags do not move."),
     Entry("rm", KEEP, "Remove refs; what they stood for stays in the store."),

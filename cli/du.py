@@ -18,7 +18,7 @@ mp du --json
 
 
 def command(store: StoreOption = None, json: JsonOption = False) -> None:
-    """Show what the store takes on disk, and which ref holds what.
+    """Show what the store takes on disk, and which ref holds it.
 
     logical: the model as it came. stored: its objects as they lie on disk, with the base blocks that its
     differences need. alone: what no other ref needs as well, and so what `mp rm` could make free.

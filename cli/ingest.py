@@ -49,7 +49,7 @@ def command(
     store: StoreOption = None,
     json: JsonOption = False,
 ) -> None:
-    """Store checkpoints: blocks are kept once, experts as differences from their base.
+    """Store checkpoints; experts as differences from their base.
 
     Takes Hugging Face folders (sharded or not, with every other file in them), PEFT adapter folders, single
     .safetensors files, and PyTorch files (weights only: no code in them is run). Each becomes a commit that

@@ -93,14 +93,17 @@ def _headline(entry: Entry, refs: Sequence[Ref], digits: int) -> str:
 
 
 def _origin(commit: Commit) -> str:
-    """``base Qwen3-0.6B, expert math, expert code``: the parents but for a plain previous one."""
+    """``previous; base: Qwen3-0.6B; experts: math, code``: the parents, but for a plain previous one alone."""
     if all(parent.role == "previous" for parent in commit.parents):
         return ""
-    parts = [
-        f"{paint(parent.role, 'dim')} {parent.name or parent.commit.short}" if parent.role != "previous" else "previous"
-        for parent in commit.parents
-    ]
-    return ", ".join(parts)
+    names: dict[str, list[str]] = {}
+    for parent in commit.parents:
+        names.setdefault(parent.role, []).append(parent.name or parent.commit.short)
+    parts = []
+    for role, found in names.items():
+        label = role if len(found) == 1 else f"{role}s"
+        parts.append(paint(label, "dim") + ("" if role == "previous" else f": {', '.join(found)}"))
+    return "; ".join(parts)
 
 
 def _commit_json(entry: Entry, refs: Sequence[Ref]) -> dict[str, Any]:

@@ -36,12 +36,13 @@ def convert_block(data: Bytes, source: DType, target: DType) -> Bytes:
     """The block's elements in another type; in this thread's scratch, so use it before the next call."""
     elements = data.nbytes * 8 // source.bits
     out = scratch.bytes("converted", target.nbytes(elements))
-    if source.name == "F64" or target.name == "F64":
-        _convert_wide(data, source, target, out)
-        return out
-    floats = scratch.bytes("floats", elements * 4).view(np.float32)
-    to_float32(data, source, 0, elements, floats)
-    from_float32(floats, target, out)
+    with np.errstate(over="ignore", invalid="ignore"):  # beyond the type's range is infinity; NaNs are data
+        if source.name == "F64" or target.name == "F64":
+            _convert_wide(data, source, target, out)
+            return out
+        floats = scratch.bytes("floats", elements * 4).view(np.float32)
+        to_float32(data, source, 0, elements, floats)
+        from_float32(floats, target, out)
     return out
 
 
@@ -51,7 +52,7 @@ def from_float32(values: NDArray[np.float32], target: DType, out: Bytes) -> None
         round_to_bfloat16(values, out.view("<u2"))
     else:
         kind = {"F16": "<f2", "F32": "<f4", "F64": "<f8"}[target.name]
-        with np.errstate(over="ignore"):  # beyond the type's range is infinity, as everywhere
+        with np.errstate(over="ignore", invalid="ignore"):  # beyond the type's range is infinity, as everywhere
             np.copyto(out.view(kind), values, casting="same_kind")
 
 
@@ -74,8 +75,7 @@ def _convert_wide(data: Bytes, source: DType, target: DType, out: Bytes) -> None
     elements = data.nbytes * 8 // source.bits
     if source.name == "F64" and target.name != "BF16":
         kind = {"F16": "<f2", "F32": "<f4", "F64": "<f8"}[target.name]
-        with np.errstate(over="ignore"):
-            out.view(kind)[:] = data.view("<f8")
+        out.view(kind)[:] = data.view("<f8")
         return
     floats = np.empty(elements, np.float32)
     to_float32(data, source, 0, elements, floats)

@@ -160,7 +160,7 @@ def _kept_header(snapshot: Snapshot, path: str, entry: FileEntry) -> Safetensors
 def _common_metadata(snapshot: Snapshot) -> dict[str, str]:
     """Metadata for a new layout: that of the first shard that came in, else what transformers expects."""
     for shard in snapshot.shards:
-        metadata = json.loads(b"".join(snapshot.file_pieces(shard.header))[8:]).get("__metadata__")
+        metadata = _kept_header(snapshot, shard.path, shard.header).metadata
         if metadata:
             return dict(metadata)
     return {"format": "pt"}

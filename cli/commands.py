@@ -14,6 +14,7 @@ from typing import Annotated, Any, Final
 import typer
 from typer.core import TyperCommand, TyperGroup
 
+from mergepipe.cli.conversion import convert_plainly
 from mergepipe.cli.help import write_examples, write_overview
 
 START: Final = "Start here"
@@ -54,12 +55,18 @@ _BY_NAME: Final = {entry.name: entry for entry in COMMANDS}
 class Command(TyperCommand):
     """A command whose examples are shown as they were written."""
 
+    def get_help_option(self, ctx: Any) -> Any:
+        return convert_plainly(super().get_help_option(ctx))
+
     def format_epilog(self, ctx: Any, formatter: Any) -> None:  # noqa: ARG002  # the parser's interface
         write_examples(formatter, self.epilog or "")
 
 
 class Commands(TyperGroup):
     """All commands, each imported when it is asked for."""
+
+    def get_help_option(self, ctx: Any) -> Any:
+        return convert_plainly(super().get_help_option(ctx))
 
     def list_commands(self, ctx: Any) -> list[str]:  # noqa: ARG002
         return list(_BY_NAME)
@@ -92,7 +99,10 @@ def _load(name: str) -> Any:
     alone = typer.Typer(add_completion=False, rich_markup_mode=None)
     options = {"help_option_names": ["-h", "--help"]}
     alone.command(name, cls=Command, epilog=module.EXAMPLES, context_settings=options)(module.command)
-    return typer.main.get_command(alone)
+    command = typer.main.get_command(alone)
+    for param in command.params:
+        convert_plainly(param)
+    return command
 
 
 def build() -> Any:
@@ -100,7 +110,10 @@ def build() -> Any:
     options = {"help_option_names": ["-h", "--help"]}
     app = typer.Typer(cls=Commands, rich_markup_mode=None, add_completion=True, context_settings=options)
     app.callback()(_before)
-    return typer.main.get_command(app)
+    group = typer.main.get_command(app)
+    for param in group.params:
+        convert_plainly(param)
+    return group
 
 
 def _print_version(value: bool) -> None:

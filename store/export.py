@@ -102,8 +102,8 @@ def export_snapshot(
         total = sum(len(shard.header.raw) + shard.header.data_bytes for shard in shards)
         _write_shards(snapshot, partial, shards, workers or default_workers(), _counter(progress, total))
         written = total + _write_files(snapshot, partial, kept, extra_files or {})
-        identical = bool(snapshot.shards) and max_shard_bytes is None and dtype is None
-        written += 0 if identical else _write_index(snapshot, partial, shards)
+        unaltered = bool(snapshot.shards) and max_shard_bytes is None and dtype is None
+        written += 0 if unaltered else _write_index(snapshot, partial, shards)
         if not flush_filesystem(partial):
             _flush_each(partial)
         _put_in_place(partial, directory, force)
@@ -112,6 +112,7 @@ def export_snapshot(
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     count = len(shards) + len(kept) + len(extra_files or {})
+    identical = unaltered and snapshot.commit.kind == "ingest"
     return ExportResult(directory, count, written, identical, round(time.monotonic() - started, 3))
 
 

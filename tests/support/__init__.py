@@ -1,0 +1,1 @@
+"""What tests share: builders of checkpoints, Hypothesis strategies, ways to look at a store and to harm it."""

@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import signal
 import sys
+import threading
 from collections.abc import Sequence
 from types import FrameType
 
@@ -23,13 +24,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     from mergepipe.cli.failures import report
 
     words = list(sys.argv[1:] if arguments is None else arguments)
-    previous = signal.signal(signal.SIGTERM, _terminate)
+    _listen_for_signals()
     try:
         return _run(words or ["--help"])
     except BaseException as error:
         return report(error, as_json="--json" in words)
-    finally:
-        signal.signal(signal.SIGTERM, previous)
 
 
 def _run(words: list[str]) -> int:
@@ -51,8 +50,31 @@ def _run(words: list[str]) -> int:
     return 0
 
 
+class _Interrupt:
+    """The first Ctrl-C stops the command, which then cleans up undisturbed; the third ends it at once."""
+
+    def __init__(self) -> None:
+        self._presses = 0
+
+    def __call__(self, number: int, _frame: FrameType | None) -> None:
+        self._presses += 1
+        if self._presses == 1:
+            raise KeyboardInterrupt
+        if self._presses > 2:
+            os._exit(128 + number)
+
+
 def _terminate(number: int, _frame: FrameType | None) -> None:
     raise SystemExit(128 + number)
+
+
+def _listen_for_signals() -> None:
+    if threading.current_thread() is not threading.main_thread():
+        return
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # else somebody wants it ignored, as nohup does
+        signal.signal(signal.SIGINT, _Interrupt())
+    if signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
+        signal.signal(signal.SIGTERM, _terminate)
 
 
 if __name__ == "__main__":

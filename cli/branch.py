@@ -17,10 +17,10 @@ mp branch experts/math math~1 --force # move it one commit back
 
 
 def command(
-    name: Annotated[str | None, typer.Argument(metavar="[NAME", help="The branch to make.")] = None,
+    name: Annotated[str | None, typer.Argument(metavar="[NAME]", help="The branch to make.")] = None,
     ref: Annotated[
         str | None,
-        typer.Argument(metavar="REF]", help="The commit that it shall point at.", autocompletion=complete_ref),
+        typer.Argument(metavar="[REF]", help="The commit that it shall point at.", autocompletion=complete_ref),
     ] = None,
     force: Annotated[bool, typer.Option("--force", "-f", help="Move it where it exists.")] = False,
     store: StoreOption = None,

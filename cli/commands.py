@@ -15,7 +15,7 @@ import typer
 from typer.core import TyperCommand, TyperGroup
 
 from mergepipe.cli.conversion import convert_plainly
-from mergepipe.cli.help import write_examples, write_overview
+from mergepipe.cli.help import usage_words, write_examples, write_overview, write_parameters
 
 START: Final = "Start here"
 LOOK: Final = "Look"
@@ -49,11 +49,18 @@ COMMANDS: Final = (
     Entry("rm", KEEP, "Remove refs; what they stood for stays in the store."),
     Entry("verify", KEEP, "Check every byte of the store against its id."),
 )
+_SETTINGS: Final = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
 _BY_NAME: Final = {entry.name: entry for entry in COMMANDS}
 
 
 class Command(TyperCommand):
-    """A command whose examples are shown as they were written."""
+    """A command with plain help, whose examples are shown as they were written."""
+
+    def collect_usage_pieces(self, ctx: Any) -> list[str]:
+        return usage_words(self.get_params(ctx))
+
+    def format_options(self, ctx: Any, formatter: Any) -> None:
+        write_parameters(formatter, self.get_params(ctx))
 
     def get_help_option(self, ctx: Any) -> Any:
         return convert_plainly(super().get_help_option(ctx))
@@ -90,15 +97,13 @@ class Commands(TyperGroup):
             rows = [(entry.name, entry.summary) for entry in COMMANDS if entry.group == heading]
             if rows:
                 groups[heading] = rows
-        options = [param.get_help_record(ctx) for param in self.get_params(ctx)]
-        write_overview(formatter, groups, [record for record in options if record is not None])
+        write_overview(formatter, groups, self.get_params(ctx))
 
 
 def _load(name: str) -> Any:
     module = import_module(f"mergepipe.cli.{name}")
     alone = typer.Typer(add_completion=False, rich_markup_mode=None)
-    options = {"help_option_names": ["-h", "--help"]}
-    alone.command(name, cls=Command, epilog=module.EXAMPLES, context_settings=options)(module.command)
+    alone.command(name, cls=Command, epilog=module.EXAMPLES, context_settings=_SETTINGS)(module.command)
     command = typer.main.get_command(alone)
     for param in command.params:
         convert_plainly(param)
@@ -107,8 +112,7 @@ def _load(name: str) -> Any:
 
 def build() -> Any:
     """The whole command line, ready to parse."""
-    options = {"help_option_names": ["-h", "--help"]}
-    app = typer.Typer(cls=Commands, rich_markup_mode=None, add_completion=True, context_settings=options)
+    app = typer.Typer(cls=Commands, rich_markup_mode=None, add_completion=True, context_settings=_SETTINGS)
     app.callback()(_before)
     group = typer.main.get_command(app)
     for param in group.params:

@@ -23,9 +23,7 @@ mp export merged/v1 ./out                         # ordinary safetensors
 """
 
 
-def write_overview(
-    formatter: Any, groups: Mapping[str, Sequence[tuple[str, str]]], options: Sequence[tuple[str, str]]
-) -> None:
+def write_overview(formatter: Any, groups: Mapping[str, Sequence[tuple[str, str]]], params: Sequence[Any]) -> None:
     """The page that ``mp --help`` shows, into a help formatter of the command line's parser."""
     formatter.write("Usage: mp [OPTIONS] COMMAND ...\n")
     formatter.write_paragraph()
@@ -35,13 +33,37 @@ def write_overview(
         _heading(formatter, heading)
         for name, summary in rows:
             formatter.write(f"  {paint(name, 'cyan')}{' ' * (width - len(name))}  {summary}\n")
-    _heading(formatter, "Options")
-    shown = [(names, text) for names, text in options if "completion" not in names]
-    with formatter.indentation():
-        formatter.write_dl(shown)
+    write_parameters(formatter, [param for param in params if "completion" not in param.name])
     _heading(formatter, "An example")
     _verbatim(formatter, _SESSION)
     formatter.write("\n`mp COMMAND --help` has the details and more examples.\n")
+
+
+def usage_words(params: Sequence[Any]) -> list[str]:
+    """What follows the command's name in its usage line."""
+    return ["[OPTIONS]", *(param.metavar for param in params if param.param_type_name == "argument")]
+
+
+def write_parameters(formatter: Any, params: Sequence[Any]) -> None:
+    """A command's arguments and options, each with what it means."""
+    arguments = [(p.metavar, p.help or "") for p in params if p.param_type_name == "argument"]
+    options = [(_option_names(p), _option_text(p)) for p in params if p.param_type_name == "option" and not p.hidden]
+    for heading, rows in (("Arguments", arguments), ("Options", options)):
+        if rows:
+            _heading(formatter, heading)
+            with formatter.indentation():
+                formatter.write_dl(rows)
+
+
+def _option_names(option: Any) -> str:
+    names = ", ".join(sorted(option.opts, key=len))
+    return names if option.is_flag else f"{names} {option.metavar or 'NUMBER'}"
+
+
+def _option_text(option: Any) -> str:
+    is_plain = option.is_flag or option.required or option.multiple or option.default in (None, "")
+    extra = "  [required]" if option.required else "" if is_plain else f"  [default: {option.default}]"
+    return f"{option.help or ''}{extra}"
 
 
 def write_examples(formatter: Any, examples: str) -> None:

@@ -14,6 +14,7 @@ from mergepipe.cli.options import JsonOption, StoreOption, complete_ref, open_or
 from mergepipe.cli.progress import progress_bar
 from mergepipe.cli.tables import plural, seconds_text, share
 from mergepipe.cli.terminal import note, paint, say, say_json
+from mergepipe.store.refs import find_ref, load_commit, ref_name_for
 from mergepipe.store.sizes import format_size
 
 if TYPE_CHECKING:
@@ -85,11 +86,18 @@ def _suggest(store: Store, paths: Sequence[Path], ref: str | None) -> None:
     from mergepipe.store.suggest import suggest_base
 
     for path in paths:
-        found = suggest_base(store, path)
+        found = None if _has_base(store, ref or ref_name_for(path)) else suggest_base(store, path)
         if found is not None:
             words = ["mp", "ingest", str(path), *(["--ref", ref] if ref else []), "--base", found.ref]
             note(f"{path} looks like a fine-tune of {found.ref}: {found.reason}.")
             note(f"To store only the differences: {shlex.join(words)}")
+
+
+def _has_base(store: Store, ref: str) -> bool:
+    """Whether what the ref stands for was ingested against a base already."""
+    with store.catalog.reading() as view:
+        found = find_ref(view, ref)
+        return found is not None and load_commit(view, found.commit).parent("base") is not None
 
 
 def _as_json(result: IngestResult) -> dict[str, object]:

@@ -9,7 +9,7 @@ import typer
 
 from mergepipe.cli.graph import Lanes
 from mergepipe.cli.options import JsonOption, StoreOption, complete_ref, open_store
-from mergepipe.cli.tables import Cell, Row, local_time, print_table
+from mergepipe.cli.tables import Cell, Row, first_line, local_time, print_table
 from mergepipe.cli.terminal import note, paint, say, say_json
 from mergepipe.store.commits import Commit
 from mergepipe.store.digest import Digest
@@ -88,7 +88,7 @@ def _headline(entry: Entry, refs: Sequence[Ref], digits: int) -> str:
     if refs:
         shown = [paint(ref.name, "magenta" if ref.kind == "tag" else "green") for ref in refs]
         parts.append(f"({', '.join(shown)})")
-    parts += [commit.kind, local_time(commit.time), commit.author, commit.message.splitlines()[0] or "-"]
+    parts += [commit.kind, local_time(commit.time), commit.author, first_line(commit.message)]
     return "  ".join(part for part in parts if part)
 
 

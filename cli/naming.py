@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from mergepipe.cli.options import open_store
-from mergepipe.cli.tables import Cell, Row, local_time, print_table
+from mergepipe.cli.tables import Cell, Row, first_line, local_time, print_table
 from mergepipe.cli.terminal import note, paint, say, say_json
 from mergepipe.store.commits import Commit, default_author
 from mergepipe.store.errors import ConflictError, UsageError
@@ -33,7 +33,7 @@ def list_refs(store: Path | None, kind: str | None, *, as_json: bool) -> None:
             Cell(ref.commit.hex()[:digits], "yellow"),
             "tag" if ref.kind == "tag" and kind is None else commit.kind,
             local_time(commit.time),
-            _first_line(commit.message),
+            first_line(commit.message),
         ]
         for ref, commit in zip(refs, commits, strict=True)
     ]
@@ -84,7 +84,3 @@ def _as_json(ref: Ref, commit: Commit) -> dict[str, Any]:
         "author": commit.author,
         "message": commit.message,
     }
-
-
-def _first_line(message: str) -> str:
-    return message.splitlines()[0] if message else ""

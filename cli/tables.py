@@ -22,18 +22,22 @@ Row: TypeAlias = Sequence[str | Cell]
 
 
 def print_table(headings: Sequence[str], rows: Sequence[Row], right: str = "") -> None:
-    """Print rows in columns. ``right``: headings of columns whose text ends at the right edge, with spaces between."""
+    """Print rows in columns, without those that are empty throughout.
+
+    ``right``: the headings of columns whose text ends at the right edge, with spaces between.
+    """
     cells = [[cell if isinstance(cell, Cell) else Cell(cell) for cell in row] for row in rows]
     table = [[Cell(heading, "dim") for heading in headings], *cells] if any(headings) else cells
-    widths = [max((len(row[i].text) for row in table), default=0) for i in range(len(headings))]
-    aligned = [heading in right.split() for heading in headings]
+    used = [i for i in range(len(headings)) if any(row[i].text for row in cells)]
+    widths = {i: max(len(row[i].text) for row in table) for i in used}
     for row in table:
-        parts = []
-        for cell, width, to_right in zip(row, widths, aligned, strict=True):
-            space = " " * (width - len(cell.text))
-            shown = paint(cell.text, cell.style)
-            parts.append(space + shown if to_right else shown + space)
-        say("  ".join(parts).rstrip())
+        say("  ".join(_aligned(row[i], widths[i], to_right=headings[i] in right.split()) for i in used).rstrip())
+
+
+def _aligned(cell: Cell, width: int, *, to_right: bool) -> str:
+    space = " " * (width - len(cell.text))
+    shown = paint(cell.text, cell.style)
+    return space + shown if to_right else shown + space
 
 
 def local_time(text: str) -> str:
@@ -42,6 +46,11 @@ def local_time(text: str) -> str:
         return datetime.fromisoformat(text).astimezone().strftime("%Y-%m-%d %H:%M")
     except ValueError:
         return text
+
+
+def first_line(text: str) -> str:
+    """A message's first line; empty for an empty one."""
+    return text.splitlines()[0] if text else ""
 
 
 def plural(count: int, singular: str, several: str = "") -> str:

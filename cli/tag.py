@@ -16,10 +16,10 @@ mp tag v1.0 merged/v1
 
 
 def command(
-    name: Annotated[str | None, typer.Argument(metavar="[NAME", help="The tag to make.")] = None,
+    name: Annotated[str | None, typer.Argument(metavar="[NAME]", help="The tag to make.")] = None,
     ref: Annotated[
         str | None,
-        typer.Argument(metavar="REF]", help="The commit that it shall stand for.", autocompletion=complete_ref),
+        typer.Argument(metavar="[REF]", help="The commit that it shall stand for.", autocompletion=complete_ref),
     ] = None,
     store: StoreOption = None,
     json: JsonOption = False,

@@ -22,12 +22,11 @@ from mergepipe.merge.tiles import PlaceWork, merge_place
 from mergepipe.merge.validate import check_plan
 from mergepipe.store.canonical import dump_canonical
 from mergepipe.store.chunking import block_count
-from mergepipe.store.commits import Commit, Parent, timestamp_now
+from mergepipe.store.commits import Commit, Parent, default_author, timestamp_now
 from mergepipe.store.digest import Digest, hash_record
 from mergepipe.store.dtypes import DTYPES, DType
 from mergepipe.store.errors import BudgetError, ConflictError
 from mergepipe.store.frame import Kind
-from mergepipe.store.ingest import default_author
 from mergepipe.store.manifest import TensorEntry, build_tree
 from mergepipe.store.objects import ObjectReader, Role
 from mergepipe.store.parallel import Progress, default_workers, run_bounded
@@ -182,8 +181,16 @@ def _compute(
             for index in range(len(work.base.blocks)):
                 yield work, index
 
+    def prefetch(place: tuple[_Tensor, int]) -> None:
+        work, index = place
+        readers = [number for number, indices in enumerate(work.plan.reads) if index in _as_set(indices)]
+        if readers:
+            run.reader.prefetch(work.base.blocks[index])
+        for number in readers:
+            run.reader.prefetch(work.experts[number].blocks[index])
+
     with ThreadPoolExecutor(workers, thread_name_prefix="merge") as pool:
-        run_bounded(pool, one, places(), ahead=2 * workers)
+        run_bounded(pool, one, places(), ahead=4 * workers, prepare=prefetch)
     return {name: _entry(works[name]) if name in works else entry for name, entry in base.tensors.items()}
 
 

@@ -83,14 +83,13 @@ def export_snapshot(
     floating-point tensors, rounding to nearest even. ``extra_files`` are added to the folder.
 
     Raises:
-        ConflictError: ``directory`` exists and ``force`` is not given.
+        ConflictError: ``directory`` exists and ``force`` is not given, or it is a folder that others live in.
         DamagedError: a block is not what it was; nothing appears.
         EnvironmentalError: the disk is full, or the like; nothing appears.
     """
     started = time.monotonic()
-    directory = directory.absolute()
-    if directory.exists() and not force:
-        raise ConflictError(f"{directory} exists already", hint="Choose another name, or replace it with --force.")
+    directory = Path(os.path.abspath(directory))  # noqa: PTH100  # a link keeps its own name; ".." does not
+    _check_free(directory, snapshot, force=force)
     shards = _layout(snapshot, max_shard_bytes, dtype)
     kept = {path: entry for path, entry in snapshot.files.items() if _belongs(path, shards)}
     for path in [*kept, *(shard.path for shard in shards)]:
@@ -114,6 +113,18 @@ def export_snapshot(
     count = len(shards) + len(kept) + len(extra_files or {})
     identical = unaltered and snapshot.commit.kind == "ingest"
     return ExportResult(directory, count, written, identical, round(time.monotonic() - started, 3))
+
+
+def _check_free(directory: Path, snapshot: Snapshot, *, force: bool) -> None:
+    """Raises ConflictError where the folder is there; with ``force``, only where too much would go with it."""
+    if not directory.exists():
+        return
+    if not force:
+        raise ConflictError(f"{directory} exists already", hint="Choose another name, or replace it with --force.")
+    precious = {"the store": snapshot.reader.layout.root, "the working directory": Path.cwd(), "your home": Path.home()}
+    for what, place in precious.items():
+        if place.resolve().is_relative_to(directory.resolve()):
+            raise ConflictError(f"{directory} holds {what}, and is not replaced", hint="Choose another folder.")
 
 
 def _layout(snapshot: Snapshot, max_shard_bytes: int | None, dtype: str | None) -> list[_OutputShard]:
@@ -199,8 +210,11 @@ def _write_shards(
             tracker.wrote(piece.descriptor, piece.size)
             advance(piece.size)
 
+        def prefetch(piece: _Piece) -> None:
+            snapshot.reader.prefetch(piece.digest)
+
         with ThreadPoolExecutor(workers, thread_name_prefix="export") as pool:
-            run_bounded(pool, work, pieces(), ahead=2 * workers)
+            run_bounded(pool, work, pieces(), ahead=6 * workers, prepare=prefetch)
     finally:
         for descriptor in descriptors:
             os.close(descriptor)

@@ -6,6 +6,7 @@ import ctypes
 import errno
 import os
 from collections.abc import Iterable
+from functools import cache
 from pathlib import Path
 from typing import Final
 
@@ -37,6 +38,8 @@ NETWORK_FILESYSTEMS: Final = frozenset(
         "wekafs",
     ]
 )
+
+_SYNC_FILE_RANGE_WRITE: Final = 2
 
 
 def filesystem_type(path: Path, mounts: str | None = None) -> str:
@@ -115,9 +118,21 @@ def write_durably(path: Path, data: bytes) -> None:
 
 
 def start_writeback(descriptor: int) -> None:
-    """Ask the kernel to begin writing a finished file, so that the one flush at the end finds less to do."""
-    if hasattr(os, "posix_fadvise"):
-        os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+    """Ask the kernel to begin writing a file's dirty pages, so that the one flush at the end finds less to do."""
+    call = getattr(_libc(), "sync_file_range", None)
+    if call is not None:  # a hint: whether it works shows nowhere but in the time that the flush takes
+        call(descriptor, ctypes.c_int64(0), ctypes.c_int64(0), _SYNC_FILE_RANGE_WRITE)
+
+
+def will_need(path: str, first_bytes: int) -> bytes:
+    """Ask the kernel to read a file ahead; returns its first bytes. Raises OSError."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        if hasattr(os, "posix_fadvise"):
+            os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_WILLNEED)
+        return os.pread(descriptor, first_bytes, 0) if first_bytes else b""
+    finally:
+        os.close(descriptor)
 
 
 def explain_os_error(error: OSError, doing: str) -> MergePipeError:
@@ -133,5 +148,6 @@ def explain_os_error(error: OSError, doing: str) -> MergePipeError:
     return EnvironmentalError(f"the system refused while {doing}: {error}")
 
 
+@cache
 def _libc() -> ctypes.CDLL:
     return ctypes.CDLL(None, use_errno=True)

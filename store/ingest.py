@@ -25,7 +25,7 @@ from mergepipe.store.ingest_blocks import BlockPipeline, TensorWork, plan_tensor
 from mergepipe.store.manifest import FileEntry, Shard, TensorEntry, build_tree
 from mergepipe.store.parallel import Progress, default_workers
 from mergepipe.store.publish import Changes, RefUpdate, publish
-from mergepipe.store.refs import check_ref_name, find_ref, ref_name_from
+from mergepipe.store.refs import check_ref_name, find_ref, ref_name_for
 from mergepipe.store.staging import Staging
 from mergepipe.store.version import TOOL
 
@@ -113,7 +113,7 @@ def ingest(
 def _ref_names(paths: Sequence[Path], ref: str | None) -> list[str]:
     if ref is not None and len(paths) > 1:
         raise UsageError("--ref names one checkpoint, and several were given", hint="Ingest them one by one.")
-    names = [check_ref_name(ref or ref_name_from(_own_name(path))) for path in paths]
+    names = [check_ref_name(ref or ref_name_for(path)) for path in paths]
     for name in names:
         if names.count(name) > 1:
             raise UsageError(
@@ -121,11 +121,6 @@ def _ref_names(paths: Sequence[Path], ref: str | None) -> list[str]:
                 hint="Ingest them one by one, with --ref NAME.",
             )
     return names
-
-
-def _own_name(path: Path) -> str:
-    absolute = path.absolute()
-    return absolute.name if absolute.is_dir() else absolute.stem
 
 
 def _arrive(store: Store, path: Path, name: str, base: Snapshot | None, base_name: str) -> _Arrival:

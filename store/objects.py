@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import threading
 import zlib
+from contextlib import suppress
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import TYPE_CHECKING, Any
@@ -16,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from mergepipe.store.chunking import MAXIMUM_BLOCK_BYTES
 from mergepipe.store.digest import Digest, hash_bytes, hash_record
 from mergepipe.store.errors import DamagedError
+from mergepipe.store.filesystem import will_need
 from mergepipe.store.frame import HEADER_BYTES, Encoding, Header, Kind, check_matches, unpack_header
 from mergepipe.store.layout import Layout
 
@@ -116,6 +118,8 @@ class ObjectReader:
         except (ValueError, RuntimeError, zlib.error) as error:
             raise self._damaged(digest, f"cannot be decoded ({error})") from error
         if hash_bytes(out.data) != digest:
+            if header.base is not None and base is None:
+                self.verify(header.base)  # names the base where that is what is damaged
             raise self._damaged(digest, "does not have the content that its id names")
 
     def read_piece(self, digest: Digest, size: int, role: Role = Role.OTHER) -> bytes:
@@ -144,6 +148,16 @@ class ObjectReader:
 
         self._block(digest, header, payload, scratch.bytes("verified", header.raw_bytes), Role.OTHER, None)
         return header
+
+    def prefetch(self, digest: Digest) -> None:
+        """Tell the system that an object, and the base of a delta, will be read soon; not counted, never fails."""
+        try:
+            header = unpack_header(will_need(self.layout.object_path(digest), HEADER_BYTES))
+        except (OSError, ValueError):
+            return  # whoever reads it will say what is wrong
+        if header.base is not None:
+            with suppress(OSError):
+                will_need(self.layout.object_path(header.base), 0)
 
     def read_header(self, digest: Digest) -> Header:
         """An object's header alone; not counted.
@@ -177,15 +191,14 @@ class ObjectReader:
             raise ValueError("not an encoding of blocks")
 
     def _read_base(self, digest: Digest, size: int, role: Role) -> Bytes:
-        import numpy as np
+        """The base of a delta. Its content shows in the delta's own, so only a mismatch there asks for its hash."""
+        from mergepipe.store.codecs import scratch
 
         header, payload = self._load(digest, role, slot="base")
         if header.encoding is Encoding.DELTA or header.raw_bytes != size:
             raise ValueError(f"the base {digest.short} of the delta is a delta itself or has another size")
-        out = np.empty(size, np.uint8)
+        out = scratch.bytes("delta base", size)
         self._decode(header, payload, out, role, None)
-        if hash_bytes(out.data) != digest:
-            raise self._damaged(digest, "does not have the content that its id names")
         return out
 
     def _load(self, digest: Digest, role: Role, slot: str = "own") -> tuple[Header, memoryview]:

@@ -17,12 +17,23 @@ def default_workers() -> int:
     return len(os.sched_getaffinity(0)) + 1 if hasattr(os, "sched_getaffinity") else (os.cpu_count() or 1) + 1
 
 
-def run_bounded(pool: ThreadPoolExecutor, work: Callable[[Item], None], items: Iterable[Item], ahead: int) -> None:
-    """Run ``work`` over ``items`` in order, ``ahead`` at a time; the first error stops it and is raised."""
+def run_bounded(
+    pool: ThreadPoolExecutor,
+    work: Callable[[Item], None],
+    items: Iterable[Item],
+    ahead: int,
+    prepare: Callable[[Item], None] | None = None,
+) -> None:
+    """Run ``work`` over ``items`` in order, ``ahead`` at a time; the first error stops it and is raised.
+
+    ``prepare`` is called for each item when it is queued, by the caller's thread: the place to read ahead.
+    """
     waiting: set[Future[None]] = set()
     source: Iterator[Item] = iter(items)
     try:
         for item in source:
+            if prepare is not None:
+                prepare(item)
             waiting.add(pool.submit(work, item))
             if len(waiting) >= ahead:
                 done, waiting = wait(waiting, return_when=FIRST_COMPLETED)

@@ -22,6 +22,7 @@ from mergepipe.store.commits import Commit, timestamp_now
 from mergepipe.store.digest import Digest
 from mergepipe.store.errors import ConflictError
 from mergepipe.store.filesystem import explain_os_error, flush_directory, flush_files, flush_filesystem
+from mergepipe.store.interrupts import too_late_to_interrupt
 from mergepipe.store.refs import Ref, decode_ref, encode_ref
 from mergepipe.store.staging import Staging
 
@@ -73,7 +74,8 @@ def publish(catalog: Catalog, staging: Staging | None, changes: Changes) -> None
         for update in changes.refs:
             _move_ref(view, update)
 
-    catalog.write(change)
+    with too_late_to_interrupt():
+        catalog.write(change)
 
 
 def _move_objects(view: Writing, staging: Staging) -> None:

@@ -13,6 +13,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Final
 
 from mergepipe.store.canonical import dump_canonical, load_strict
@@ -55,6 +56,12 @@ def ref_name_from(text: str) -> str:
     cleaned = re.sub(r"[^A-Za-z0-9._+-]+", "-", text).strip("-.+") or "model"
     short = re.sub(r"\.{2,}", ".", cleaned)[:_MAXIMUM_NAME]
     return re.sub(r"(\.lock)+\Z", "", short)
+
+
+def ref_name_for(path: Path) -> str:
+    """The ref that a checkpoint gets where none is named: its folder's name, or its file's without the suffix."""
+    absolute = path.absolute()
+    return ref_name_from(absolute.name if absolute.is_dir() else absolute.stem)
 
 
 def encode_ref(ref: Ref) -> bytes:

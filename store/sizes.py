@@ -33,8 +33,11 @@ def parse_size(text: str) -> int:
 def format_size(size_bytes: int) -> str:
     """``1.2 GiB``, ``340 B``: binary units, one decimal."""
     value = float(size_bytes)
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if abs(value) < 1024:
-            return f"{size_bytes} B" if unit == "B" else f"{value:.1f} {unit}"
+    if abs(size_bytes) < 1024:
+        return f"{size_bytes} B"
+    for unit in ("KiB", "MiB", "GiB"):
         value /= 1024
+        if abs(value) < 1023.95:  # more would be written as 1024.0
+            return f"{value:.1f} {unit}"
+    value /= 1024
     return f"{value:.1f} TiB"

@@ -19,7 +19,7 @@ from mergepipe.store.codecs import scratch
 from mergepipe.store.digest import hash_bytes
 from mergepipe.store.errors import NotFoundError, UsageError
 from mergepipe.store.ingest_blocks import TensorWork, plan_tensor
-from mergepipe.store.refs import all_refs, ref_name_from
+from mergepipe.store.refs import all_refs, ref_name_for
 from mergepipe.store.snapshot import Snapshot
 from mergepipe.store.statistics import block_statistics
 
@@ -69,7 +69,7 @@ def suggest_base(store: Store, path: Path) -> Suggestion | None:
     if not refs:
         return None
     with open_checkpoint(path) as checkpoint:
-        own_name = ref_name_from(path.absolute().name if path.is_dir() else path.absolute().stem)
+        own_name = ref_name_for(path)
         hint = PurePosixPath(checkpoint.base_hint()).name
         seen: set[bytes] = set()
         candidates: list[tuple[str, Snapshot]] = []

@@ -42,7 +42,7 @@ COMMANDS: Final = (
     Entry("diff", LOOK, "Show what changed between two commits."),
     Entry("du", LOOK, "Show what the store takes on disk, and which ref holds it."),
     Entry("plan", MERGE, "Decide what a merge will read, before anything is read."),
-    Entry("explain", MERGE, "Say for each tensor and expert what a plan reads, and why not the rest."),
+    Entry("explain", MERGE, "Say what a plan reads of each expert, and why not the rest."),
     Entry("merge", MERGE, "Carry out a plan; the result is a commit."),
     Entry("branch", KEEP, "List branches, or make one."),
     Entry("tag", KEEP, "List tags, or make one; tags do not move."),

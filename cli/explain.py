@@ -29,7 +29,7 @@ def command(
     store: StoreOption = None,
     json: JsonOption = False,
 ) -> None:
-    """Say for each tensor and expert what a plan reads, and why not the rest.
+    """Say what a plan reads of each expert, and why not the rest.
 
     Reads no weights. `read` counts the blocks that are read of those in which the expert differs from the base; `kept`
     is how many elements a threshold leaves; `bound` is how far the tensor can be from the full merge's (L2).

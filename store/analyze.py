@@ -12,10 +12,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mergepipe.store.codecs import scratch
+from mergepipe.store.kernels import HISTOGRAM_BINS
 from mergepipe.store.manifest import TensorEntry
 from mergepipe.store.parallel import Progress, default_workers, run_bounded
 from mergepipe.store.publish import Changes, publish
-from mergepipe.store.statistics import HISTOGRAM_BINS, block_statistics, pack_histogram
+from mergepipe.store.statistics import block_statistics, pack_histogram
 
 if TYPE_CHECKING:
     from mergepipe.store.store import Store

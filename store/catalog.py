@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final, TypeVar
+from typing import Any, Final, TypeAlias, TypeVar
 
 import lmdb
 
@@ -28,6 +28,7 @@ from mergepipe.store.filesystem import explain_os_error, refuse_network_filesyst
 from mergepipe.store.frame import Encoding, Kind
 
 Result = TypeVar("Result")
+Databases: TypeAlias = dict[str, Any]
 DATABASES: Final = (
     "objects", "deltas", "tensors", "commits", "children", "refs", "reflog", "results", "meta", "damaged",
 )  # fmt: skip
@@ -91,11 +92,11 @@ class Catalog:
             )
             if not self.read_only:
                 self._env.reader_check()  # the table's places of processes that died are free again
-            self._databases = {name: self._open_database(name) for name in DATABASES}
+            self._databases: Databases = {name: self._open_database(name) for name in DATABASES}
         except lmdb.Error as error:
             raise _explain(error, path) from error
 
-    def _open_database(self, name: str) -> object:
+    def _open_database(self, name: str) -> Any:
         return self._env.open_db(name.encode(), create=not self.read_only)
 
     @contextmanager
@@ -148,17 +149,18 @@ class Catalog:
 class Reading:
     """A view of all databases inside one transaction."""
 
-    def __init__(self, transaction: lmdb.Transaction, databases: dict[str, object]) -> None:
+    def __init__(self, transaction: lmdb.Transaction, databases: Databases) -> None:
         self._transaction = transaction
         self._databases = databases
 
     def get(self, database: str, key: bytes) -> bytes | None:
-        value: bytes | None = self._transaction.get(key, db=self._databases[database])
-        return value
+        value: Any = self._transaction.get(key, db=self._databases[database])
+        found: bytes | None = value  # a memoryview only where buffers were asked for
+        return found
 
     def items(self, database: str, prefix: bytes = b"", *, reverse: bool = False) -> Iterator[tuple[bytes, bytes]]:
         """All rows whose key begins with ``prefix``, in key order."""
-        cursor = self._transaction.cursor(db=self._databases[database])
+        cursor: Any = self._transaction.cursor(db=self._databases[database])
         if reverse:
             # The key after the last one with this prefix: step back from there.
             found = cursor.set_range(prefix + b"\xff" * 16)

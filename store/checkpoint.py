@@ -32,9 +32,14 @@ _NO_TENSOR_FILES: Final = frozenset({"training_args.bin", "optimizer.pt", "sched
 class TensorSource(Protocol):
     """Where one tensor's bytes come from."""
 
-    dtype: DType
-    shape: tuple[int, ...]
-    file: Path
+    @property
+    def dtype(self) -> DType: ...
+
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+
+    @property
+    def file(self) -> Path: ...
 
     def read_into(self, start: int, out: Bytes) -> None:
         """Fill ``out`` with the tensor's bytes from ``start`` on; raises BadInputError where they are not there."""
@@ -60,7 +65,7 @@ class OpenFile:
 
     def read_into(self, position: int, out: Bytes) -> None:
         """Fill ``out`` from ``position``; raises BadInputError where the file ends before."""
-        view = memoryview(out)
+        view = out.data
         done = 0
         while done < view.nbytes:
             try:

@@ -28,8 +28,18 @@ from mergepipe.store import kernels
 from mergepipe.store.digest import Buffer
 
 Bytes: TypeAlias = NDArray[np.uint8]
-_UNSIGNED: Final = {1: np.dtype("<u1"), 2: np.dtype("<u2"), 4: np.dtype("<u4"), 8: np.dtype("<u8")}
-_SIGNED: Final = {1: np.dtype("<i1"), 2: np.dtype("<i2"), 4: np.dtype("<i4"), 8: np.dtype("<i8")}
+_UNSIGNED: Final[dict[int, np.dtype[Any]]] = {
+    1: np.dtype("<u1"),
+    2: np.dtype("<u2"),
+    4: np.dtype("<u4"),
+    8: np.dtype("<u8"),
+}
+_SIGNED: Final[dict[int, np.dtype[Any]]] = {
+    1: np.dtype("<i1"),
+    2: np.dtype("<i2"),
+    4: np.dtype("<i4"),
+    8: np.dtype("<i8"),
+}
 DELTA_WIDTHS: Final = (1, 2, 4)
 _RAW, _ZSTD = 0, 1
 _SAMPLE_BYTES: Final = 32 << 10

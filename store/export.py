@@ -235,7 +235,7 @@ def _copy_block(reader: ObjectReader, piece: _Piece) -> None:
     reader.read_block(piece.digest, data)
     if piece.to is not piece.source:
         data = convert_block(data, piece.source, piece.to)
-    _pwrite(piece.descriptor, memoryview(data), piece.position)
+    _pwrite(piece.descriptor, data.data, piece.position)
 
 
 class _Writeback:

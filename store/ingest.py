@@ -16,7 +16,7 @@ import numpy as np
 
 from mergepipe.store.canonical import as_text
 from mergepipe.store.checkpoint import Checkpoint, OpenFile, is_safe_path, open_checkpoint
-from mergepipe.store.codecs import scratch
+from mergepipe.store.codecs import Bytes, scratch
 from mergepipe.store.commits import Commit, Parent, default_author, timestamp_now
 from mergepipe.store.digest import Digest, hash_bytes
 from mergepipe.store.errors import BadInputError, ConflictError, UsageError
@@ -223,10 +223,10 @@ def _store_file(file: OpenFile, staging: Staging, piece_bytes: int, pipeline: Bl
     return FileEntry(size, tuple(blocks))
 
 
-def _store_piece(data: np.ndarray, staging: Staging, pipeline: BlockPipeline) -> Digest:  # type: ignore[type-arg]
-    digest = hash_bytes(memoryview(np.ascontiguousarray(data)))
+def _store_piece(data: Bytes, staging: Staging, pipeline: BlockPipeline) -> Digest:
+    digest = hash_bytes(data.data)
     if staging.claim(digest):
-        staging.add_block(Kind.FILE, digest, np.ascontiguousarray(data), 1)
+        staging.add_block(Kind.FILE, digest, data, 1)
     elif digest not in staging.rows:
         pipeline.relied_on.add(digest)
     return digest

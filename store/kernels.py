@@ -11,31 +11,28 @@ Arrays are one-dimensional and contiguous. ``p0`` is the least significant plane
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Final, TypeVar
+from typing import Any, Final
 
 import numpy as np
 from numba import njit
 from numpy.typing import NDArray
 
-Function = TypeVar("Function", bound=Callable[..., Any])
 SKETCH_SIZE: Final = 64
 HISTOGRAM_BINS: Final = 1 << 15
 _FLUSH_ROWS: Final = 64  # float32 sums are moved to float64 after this many rows, which bounds their error
 
 
-def compiled(function: Function) -> Function:
+def compiled(function: Callable[..., Any]) -> Any:
     """Compile on first use, release the GIL, keep the machine code in a cache where one can be written."""
     try:
-        wrapped: Function = njit(nogil=True, cache=True)(function)
+        return njit(nogil=True, cache=True)(function)
     except RuntimeError:  # neither the package's folder nor the user's cache can be written
-        wrapped = njit(nogil=True)(function)
-    return wrapped
+        return njit(nogil=True)(function)
 
 
-def inlined(function: Function) -> Function:
+def inlined(function: Callable[..., Any]) -> Any:
     """A piece of the kernels below, compiled into each of them."""
-    wrapped: Function = njit(nogil=True, inline="always")(function)
-    return wrapped
+    return njit(nogil=True, inline="always")(function)
 
 
 @compiled

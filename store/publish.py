@@ -13,11 +13,11 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from mergepipe.store.canonical import dump_canonical
-from mergepipe.store.catalog import Catalog, Writing, unix_time
+from mergepipe.store.catalog import Catalog, ObjectRow, Writing, unix_time
 from mergepipe.store.commits import Commit, timestamp_now
 from mergepipe.store.digest import Digest
 from mergepipe.store.errors import ConflictError
@@ -135,10 +135,8 @@ def _put_rows(view: Writing, changes: Changes) -> None:
             view.put("children", parent.commit + commit.id, parent.role.encode())
 
 
-def _touched(row: object, now: int) -> bytes:
-    from dataclasses import replace
-
-    return replace(row, touched=now).pack()  # type: ignore[type-var, no-any-return]
+def _touched(row: ObjectRow, now: int) -> bytes:
+    return replace(row, touched=now).pack()
 
 
 def _expect(view: Writing, update: RefUpdate) -> None:

@@ -1,16 +1,14 @@
 """What a writer has made and not yet published: object files under ``tmp/<writer>/``, with a lease.
 
 Nothing here is visible to anybody until :func:`mergepipe.store.publish.publish` takes it. A writer that dies leaves
-its folder, whose lease names a process that is gone.
+its folder; the next writer removes it, where its lease shows that the process is gone.
 """
 
 from __future__ import annotations
 
-import json
 import os
 import secrets
 import shutil
-import socket
 import threading
 import time
 import zlib
@@ -24,6 +22,7 @@ from mergepipe.store.errors import MergePipeError
 from mergepipe.store.filesystem import explain_os_error, start_writeback
 from mergepipe.store.frame import HEADER_BYTES, Encoding, Header, Kind, pack_header
 from mergepipe.store.layout import Layout
+from mergepipe.store.leases import remove_abandoned, write_lease
 
 if TYPE_CHECKING:
     from mergepipe.store.codecs import Bytes
@@ -49,10 +48,10 @@ class Staging:
     def __enter__(self) -> Self:
         try:
             self.path.mkdir()
-            lease = {"pid": os.getpid(), "host": socket.gethostname(), "started": time.time()}
-            (self.path / "lease.json").write_text(json.dumps(lease), encoding="utf-8")
+            write_lease(self.path)
         except OSError as error:
             raise explain_os_error(error, f"making the writer's folder {self.path}") from error
+        remove_abandoned(self.layout.temporary)
         return self
 
     def __exit__(
@@ -89,7 +88,8 @@ class Staging:
         width = codecs.effective_width(size, width)
         if base is not None and self._may_be_a_base(digest):
             base = None
-        encoding, payload = Encoding.RAW, [memoryview(data)] if size else []
+        encoding = Encoding.RAW
+        payload: list[Buffer] = [data.data] if size else []
         smallest = size
         if base is not None and base[0] != digest and width in codecs.DELTA_WIDTHS:
             parts = codecs.encode_delta(data, base[1], width)

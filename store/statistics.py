@@ -48,7 +48,8 @@ def unpack_statistics(data: bytes) -> DeltaStatistics:
     """Inverse of :meth:`DeltaStatistics.pack`; raises DamagedError."""
     if len(data) != HEAD.size + 4 * SKETCH_SIZE:
         raise DamagedError("a row of delta statistics cannot be read", hint="Run `mp verify`.")
-    return DeltaStatistics(*HEAD.unpack(data[: HEAD.size]), np.frombuffer(data, "<f4", offset=HEAD.size))
+    elements, changed, l2, l1, largest = HEAD.unpack(data[: HEAD.size])
+    return DeltaStatistics(elements, changed, l2, l1, largest, np.frombuffer(data, "<f4", offset=HEAD.size))
 
 
 def block_statistics(

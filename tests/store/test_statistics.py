@@ -39,14 +39,19 @@ def as_bytes(values: NDArray[np.float64], dtype: str) -> NDArray[np.uint8]:
 def measure(
     new: NDArray[np.float64], old: NDArray[np.float64], dtype: str = "F32", old_dtype: str | None = None
 ) -> tuple[DeltaStatistics, NDArray[np.int64], NDArray[np.float64]]:
-    """``(statistics, histogram, the delta in float64)`` of values rounded to the types."""
+    """``(statistics, histogram, the delta)`` of values rounded to the types.
+
+    The delta is taken in float32, and in float64 where both are F64.
+    """
     old_dtype = old_dtype or dtype
     histogram = np.zeros(HISTOGRAM_BINS, np.int64)
     found = block_statistics(
         as_bytes(new, dtype), as_bytes(old, old_dtype), DTYPES[dtype], DTYPES[old_dtype], histogram
     )
-    delta = new.astype(KINDS[dtype]).astype(np.float64) - old.astype(KINDS[old_dtype]).astype(np.float64)
-    return found, histogram, delta
+    wide = np.float64 if dtype == old_dtype == "F64" else np.float32
+    with np.errstate(invalid="ignore"):
+        delta = new.astype(KINDS[dtype]).astype(wide) - old.astype(KINDS[old_dtype]).astype(wide)
+    return found, histogram, delta.astype(np.float64)
 
 
 @given(st.sampled_from(sorted(KINDS)), st.sampled_from(sorted(KINDS)), st.integers(1, 9000), st.integers(0, 2**32 - 1))

@@ -14,6 +14,7 @@ from typing import Annotated, Any, Final
 import typer
 from typer.core import TyperCommand, TyperGroup
 
+from mergepipe.cli.chosen import set_default_store
 from mergepipe.cli.conversion import convert_plainly
 from mergepipe.cli.help import usage_words, write_examples, write_overview, write_parameters
 
@@ -138,7 +139,4 @@ def _before(
         bool, typer.Option("--version", is_eager=True, callback=_print_version, help="Print the version.")
     ] = False,
 ) -> None:
-    if store is not None:
-        from mergepipe.cli.options import set_default_store
-
-        set_default_store(store)
+    set_default_store(store)

@@ -86,7 +86,7 @@ def _suggest(store: Store, paths: Sequence[Path], ref: str | None) -> None:
     from mergepipe.store.suggest import suggest_base
 
     for path in paths:
-        found = None if _has_base(store, ref or ref_name_for(path)) else suggest_base(store, path)
+        found = None if _has_base(store, ref or ref_name_for(path)) else suggest_base(store, path, ref)
         if found is not None:
             words = ["mp", "ingest", str(path), *(["--ref", ref] if ref else []), "--base", found.ref]
             note(f"{path} looks like a fine-tune of {found.ref}: {found.reason}.")

@@ -7,7 +7,8 @@ from typing import Annotated, Final
 
 import typer
 
-from mergepipe.cli.options import JsonOption, StoreOption, chosen_store, store_directory
+from mergepipe.cli.chosen import chosen_store
+from mergepipe.cli.options import JsonOption, StoreOption, store_directory
 from mergepipe.cli.terminal import say, say_json
 from mergepipe.store.sizes import format_size, parse_size
 from mergepipe.store.store import Store

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Annotated, Final
 
 import typer
 
+from mergepipe.cli.chosen import chosen_store
 from mergepipe.store.errors import NotFoundError
 from mergepipe.store.layout import STORE_DIRECTORY, find_store
 from mergepipe.store.store import Store
@@ -32,27 +32,6 @@ RefArgument = Annotated[
     str,
     typer.Argument(metavar="REF", help="A ref, an id's beginning, REF~2, REF@{1}.", autocompletion=complete_ref),
 ]
-
-
-class _Default:
-    """What ``mp --store DIR COMMAND`` said, for commands that were not told themselves."""
-
-    store: Path | None = None
-
-
-def set_default_store(path: Path | None) -> None:
-    """Remember the store that stood before the command's name."""
-    _Default.store = path
-
-
-def chosen_store(option: Path | None) -> Path | None:
-    """The store that was asked for: after the command, before it, or by ``MP_STORE``; None where nothing was said."""
-    if option is not None:
-        return option
-    if _Default.store is not None:
-        return _Default.store
-    named = os.environ.get("MP_STORE")
-    return Path(named) if named else None
 
 
 def open_store(option: Path | None) -> Store:

@@ -37,6 +37,8 @@ def parse_expert(text: str) -> Expert:
         key, equals, value = setting.partition("=")
         if not equals:
             raise UsageError(f"{text!r}: {setting!r} is not NAME=VALUE", hint="Write REF:WEIGHT,density=0.2")
+        if key.strip() in parameters:
+            raise UsageError(f"{text!r} gives {key.strip()} twice", hint="Give it once.")
         parameters[key.strip()] = parse_value(value, text)
     if not name:
         raise UsageError(f"{text!r} names no expert", hint="Write REF or REF:WEIGHT.")

@@ -49,30 +49,22 @@ def items_of(number: int, facts: TensorFacts, method: Method, coefficients: Coef
         for position, group in enumerate(place.groups):
             weight = sum(float(coefficients.weights[expert]) for expert in group.experts)
             factor = abs(weight * float(coefficients.scale) / float(coefficients.divisor))
-            error = factor * _finite_or_infinite(group.norm) if factor else 0.0
+            error = factor * group.norm if math.isfinite(group.norm) else math.inf  # zero times infinity is a NaN
             found.append(Item(number, place.index, (position,), error, group.stored_bytes))
     return found
 
 
 def _consensus_error(place: Place, coefficients: Coefficients) -> float:
+    if not all(math.isfinite(group.norm) for group in place.groups):
+        return math.inf
     scale = abs(float(coefficients.scale))
-    if scale == 0:
-        return 0.0
     if coefficients.normalize and all(weight >= 0 for weight in coefficients.weights):
-        squares = sum(len(group.experts) * _finite_or_infinite(group.norm) ** 2 for group in place.groups)
-        return scale * math.sqrt(squares)
+        return scale * math.sqrt(sum(len(group.experts) * group.norm**2 for group in place.groups))
     if coefficients.normalize:
         return math.inf  # the divisor can be anything where weights of both signs agree
     return scale * sum(
-        abs(float(coefficients.weights[expert])) * _finite_or_infinite(group.norm)
-        for group in place.groups
-        for expert in group.experts
+        abs(float(coefficients.weights[expert])) * group.norm for group in place.groups for expert in group.experts
     )
-
-
-def _finite_or_infinite(norm: float) -> float:
-    """A norm of a delta with NaNs bounds nothing, as an infinite one does."""
-    return norm if math.isfinite(norm) else math.inf
 
 
 def distance(items: Sequence[Item]) -> float:

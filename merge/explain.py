@@ -16,7 +16,7 @@ class ExpertShare:
     """One expert's part in a tensor.
 
     ``differing``: blocks that are not the base's. ``read``: those of them that the plan reads. ``reason``: why the
-    others are not.
+    others are not. A block that several experts have is read once: its bytes are with the first of them.
     """
 
     expert: str
@@ -53,7 +53,7 @@ def explain(store: Store, plan: Plan) -> list[TensorExplanation]:
         for number, name in enumerate(names):
             reads = set(planned.reads[number]) if planned else set()
             mine = [
-                (place.index, group.stored_bytes)
+                (place.index, group.stored_bytes if number == group.experts[0] else 0)
                 for place in tensor.places
                 for group in place.groups
                 if number in group.experts

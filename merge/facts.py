@@ -6,6 +6,7 @@ experts with one and the same block there are one *group*: it is read once and s
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -18,13 +19,13 @@ from mergepipe.store.digest import Digest
 from mergepipe.store.errors import BadInputError, DamagedError
 from mergepipe.store.manifest import TensorEntry
 from mergepipe.store.snapshot import Snapshot
-from mergepipe.store.statistics import unpack_histogram, unpack_statistics
+from mergepipe.store.statistics import DeltaStatistics, unpack_histogram, unpack_statistics
 from mergepipe.store.store import Store
 
 
 @dataclass(frozen=True, slots=True)
 class Group:
-    """Experts that have one block at a place: which, its id, its delta's L2 norm, and the bytes to read it."""
+    """Experts that have one block at a place: which, its id, a bound of its delta's L2 norm, the bytes to read it."""
 
     experts: tuple[int, ...]
     block: Digest
@@ -152,9 +153,19 @@ def _groups(view: Reading, base: Digest, index: int, others: list[TensorEntry], 
         if row is None:
             lacking.update(numbers)
         else:
-            norm = unpack_statistics(row).l2
+            norm = norm_bound(unpack_statistics(row))
         groups.append(Group(tuple(numbers), block, norm, expert_cost(view, block, base)))
     return tuple(groups)
+
+
+def norm_bound(statistics: DeltaStatistics) -> float:
+    """At least the delta's L2 norm, and hardly more.
+
+    Statistics sum squares in float32, 64 in a run, so the norm may be up to ``2**-19`` of itself too small; and squares
+    of magnitudes below ``2**-63`` lose digits, or vanish.
+    """
+    lost = math.sqrt(statistics.changed) * min(statistics.largest, 2.0**-63)
+    return statistics.l2 * (1 + 2.0**-18) + lost
 
 
 def expert_cost(view: Reading, block: Digest, base: Digest) -> int:

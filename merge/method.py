@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from mergepipe.store.errors import UsageError, nearest
 
 Value = float | bool
+_LARGEST: Final = float(np.finfo(np.float32).max)  # methods compute in float32
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,8 +28,8 @@ class Parameter:
     name: str
     default: Value
     help: str
-    minimum: float = -math.inf
-    maximum: float = math.inf
+    minimum: float = -_LARGEST
+    maximum: float = _LARGEST
     above: bool = False
     per_expert: bool = False
 
@@ -38,10 +39,12 @@ class Parameter:
             if not isinstance(value, bool) and value not in (0, 1):
                 raise UsageError(f"{where}: {self.name} must be true or false, not {value!r}")
             return bool(value)
+        if isinstance(value, bool):
+            raise UsageError(f"{where}: {self.name} must be a number, not {value!r}")
         number = float(value)
         low = number <= self.minimum if self.above else number < self.minimum
         if not math.isfinite(number) or low or number > self.maximum:
-            left = "(" if self.above or math.isinf(self.minimum) else "["
+            left = "(" if self.above else "["
             raise UsageError(
                 f"{where}: {self.name} is {value!r}, and must be a number in {left}{self.minimum:g}, {self.maximum:g}]"
             )

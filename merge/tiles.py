@@ -63,17 +63,13 @@ def merge_place(catalog: Catalog, reader: ObjectReader, staging: Staging, place:
 
 def _read_experts(reader: ObjectReader, place: PlaceWork, base: BaseBlock) -> list[Bytes]:
     """Each expert's block, each distinct one read once."""
-    blocks: dict[tuple[Digest, str], Bytes] = {(place.base, place.base_type.name): base.own}
-    inputs = []
+    blocks: dict[Digest, Bytes] = {place.base: base.own}
     for number, (digest, dtype) in enumerate(zip(place.experts, place.expert_types, strict=True)):
-        key = (digest, dtype.name if digest != place.base else place.base_type.name)
-        if key not in blocks:
-            size = dtype.nbytes(place.elements)
-            block = scratch.bytes(f"expert{number}", size)
+        if digest not in blocks:
+            block = scratch.bytes(f"expert{number}", dtype.nbytes(place.elements))
             reader.read_block(digest, block, Role.EXPERT, base.root)
-            blocks[key] = block
-        inputs.append(blocks[key])
-    return inputs
+            blocks[digest] = block
+    return [blocks[digest] for digest in place.experts]
 
 
 def _merge_tiles(place: PlaceWork, base: Bytes, inputs: list[Bytes], out: Bytes) -> None:

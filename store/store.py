@@ -107,6 +107,6 @@ class Store:
 
         found = [Path(path) for path in paths]
         if base == "auto":
-            base = find_base(self, found)
+            base = find_base(self, found, options.get("ref"))
         snapshot = self.snapshot(base) if base is not None else None
         return ingest(self, found, base=snapshot, base_name=base or "", **options)

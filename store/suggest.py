@@ -16,8 +16,9 @@ import numpy as np
 
 from mergepipe.store.checkpoint import Checkpoint, open_checkpoint
 from mergepipe.store.codecs import scratch
+from mergepipe.store.commits import Commit
 from mergepipe.store.digest import hash_bytes
-from mergepipe.store.errors import NotFoundError, UsageError
+from mergepipe.store.errors import MergePipeError, NotFoundError, UsageError
 from mergepipe.store.ingest_blocks import TensorWork, plan_tensor
 from mergepipe.store.refs import all_refs, ref_name_for
 from mergepipe.store.snapshot import Snapshot
@@ -39,14 +40,14 @@ class Suggestion:
     reason: str
 
 
-def find_base(store: Store, paths: Sequence[Path]) -> str:
+def find_base(store: Store, paths: Sequence[Path], ref: str | None = None) -> str:
     """The base that all of the checkpoints share, for ``--base auto``.
 
     Raises:
         NotFoundError: no ref fits.
         UsageError: they have different bases.
     """
-    found = {path: suggest_base(store, path) for path in paths}
+    found = {path: suggest_base(store, path, ref) for path in paths}
     for path, suggestion in found.items():
         if suggestion is None:
             raise NotFoundError(
@@ -62,26 +63,27 @@ def find_base(store: Store, paths: Sequence[Path]) -> str:
     return names.pop()
 
 
-def suggest_base(store: Store, path: Path) -> Suggestion | None:
-    """The most likely base of a checkpoint among the refs, or None."""
+def suggest_base(store: Store, path: Path, ref: str | None = None) -> Suggestion | None:
+    """The most likely base of a checkpoint among the refs, or None. ``ref``: its own, by default its folder's name."""
     with store.catalog.reading() as view:
         refs = all_refs(view)
-    if not refs:
-        return None
+    own_name = ref or ref_name_for(path)
+    earlier = next((known for known in refs if known.name == own_name), None)
+    if earlier is not None:
+        return _as_before(store, store.commit(earlier.commit))
     with open_checkpoint(path) as checkpoint:
-        own_name = ref_name_for(path)
         hint = PurePosixPath(checkpoint.base_hint()).name
         seen: set[bytes] = set()
         candidates: list[tuple[str, Snapshot]] = []
-        for ref in refs:
-            if ref.commit in seen or ref.name == own_name:
+        for known in refs:
+            if known.commit in seen:
                 continue
-            seen.add(ref.commit)
-            snapshot = store.snapshot_of(ref.commit)
-            if hint and hint in (ref.name, PurePosixPath(ref.name).name):
-                return Suggestion(ref.name, f"its configuration names {hint!r}")
+            seen.add(known.commit)
+            snapshot = store.snapshot_of(known.commit)
+            if hint and hint in (known.name, PurePosixPath(known.name).name):
+                return Suggestion(known.name, f"its configuration names {hint!r}")
             if len(candidates) < _MAXIMUM_CANDIDATES and _same_tensors(checkpoint, snapshot):
-                candidates.append((ref.name, snapshot))
+                candidates.append((known.name, snapshot))
         ranked = [(*_distance(store, checkpoint, snapshot), name) for name, snapshot in candidates]
     close = sorted(item for item in ranked if item[1] < _TOO_FAR)
     if not close:
@@ -91,6 +93,18 @@ def suggest_base(store: Store, path: Path) -> Suggestion | None:
         name,
         f"of the blocks sampled {1 - different_share:.0%} are identical and the rest differs by {relative:.1%}",
     )
+
+
+def _as_before(store: Store, commit: Commit) -> Suggestion | None:
+    """For a checkpoint whose ref is there already: the base that it had the last time."""
+    parent = commit.parent("base")
+    if parent is None:
+        return None
+    try:
+        same = store.resolve(parent.name) == parent.commit
+    except MergePipeError:
+        same = False
+    return Suggestion(parent.name if same else parent.commit.hex(), "it was ingested with that base before")
 
 
 def _same_tensors(checkpoint: Checkpoint, snapshot: Snapshot) -> bool:

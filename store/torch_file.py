@@ -62,18 +62,18 @@ def _load(path: Path) -> Any:
     import torch
 
     try:
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        try:
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        except RuntimeError as error:
+            if "mmap" not in str(error):
+                raise
+        return torch.load(path, map_location="cpu", weights_only=True)  # from before PyTorch 1.6: cannot be mapped
     except pickle.UnpicklingError as error:
         raise BadInputError(
             f"{path}: the file would run code when it is loaded, or is damaged; nothing of it was run",
             hint="Ask its author for safetensors, or convert it where you trust it. " + _first_line(error),
         ) from error
     except Exception as error:  # torch raises many kinds for a bad file; none of them may reach the user raw
-        if not isinstance(error, RuntimeError) or "mmap" not in str(error):
-            raise BadInputError(f"{path}: not a PyTorch file ({_first_line(error)})") from error
-    try:  # files from before PyTorch 1.6 cannot be mapped
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:
         raise BadInputError(f"{path}: not a PyTorch file ({_first_line(error)})") from error
 
 

@@ -67,7 +67,7 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 @pytest.fixture
-def call(here: Path, capfd: pytest.CaptureFixture[str]) -> Iterator[Run]:
+def call(here: Path, capfd: pytest.CaptureFixture[str]) -> Iterator[Run]:  # noqa: ARG001  # it is where commands run
     """Runs a command line inside this process, in ``here``; ``code`` is the exit code that it must have."""
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
 

@@ -6,6 +6,7 @@ import json
 import os
 import pickle
 import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -163,7 +164,7 @@ def test_a_failed_first_ingest_leaves_no_store(call, here: Path) -> None:
     assert not (here / ".mp").exists()
 
 
-def test_one_bad_checkpoint_among_good_ones(call, filled: Path, family: Path, tmp_path: Path) -> None:
+def test_one_bad_checkpoint_among_good_ones(call, filled: Path, tmp_path: Path) -> None:
     good = write_checkpoint(tmp_path / "good", TENSORS)
     with Store.open(filled) as store:
         before = state_of(store)
@@ -171,7 +172,8 @@ def test_one_bad_checkpoint_among_good_ones(call, filled: Path, family: Path, tm
         assert state_of(store) == before
 
 
-def test_a_base_with_other_shapes(call, filled: Path, tmp_path: Path) -> None:
+@pytest.mark.usefixtures("filled")
+def test_a_base_with_other_shapes(call, tmp_path: Path) -> None:
     wrong = {"lm_head.weight": random_tensor("BF16", (128, 65))}
     path = write_checkpoint(tmp_path / "wrong", wrong)
     answer = call("ingest", path, "--base", "base", code=4)
@@ -187,18 +189,21 @@ def test_a_base_with_other_shapes(call, filled: Path, tmp_path: Path) -> None:
      ["rm", "expert"], ["branch", "b", "expert"], ["verify", "expert"], ["tag", "t", "expert"]],
     ids=" ".join,
 )  # fmt: skip
-def test_an_unknown_ref_has_a_suggestion(call, filled: Path, words: list[str]) -> None:
+@pytest.mark.usefixtures("filled")
+def test_an_unknown_ref_has_a_suggestion(call, words: list[str]) -> None:
     answer = call(*words, code=3)
     assert "'expert'" in answer.err
     assert "Did you mean 'expert0' or 'expert1'?" in answer.err
 
 
-def test_unknown_base(call, filled: Path, family: Path) -> None:
+@pytest.mark.usefixtures("filled")
+def test_unknown_base(call, family: Path) -> None:
     assert "Did you mean 'base'?" in call("ingest", family / "expert0", "--base", "basis", code=3).err
     call("ingest", family / "expert0", "--ref", "x", "--base", "0" * 12, code=3)
 
 
-def test_unknown_things_in_a_commit(call, filled: Path) -> None:
+@pytest.mark.usefixtures("filled")
+def test_unknown_things_in_a_commit(call) -> None:
     assert "'lm_head.weight'" in call("show", "base:lm_head.weigth", code=3).err
     assert "Did you mean" in call("ls", "base:model.layer", code=0).out + call("ls", "base:modle.layers", code=3).err
     assert "config.json" in call("show", "base:confg.json", code=3).err
@@ -222,7 +227,8 @@ def test_unknown_things_in_a_commit(call, filled: Path) -> None:
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
-def test_usage(call, filled: Path, words: list[str], parts: list[str]) -> None:
+@pytest.mark.usefixtures("filled")
+def test_usage(call, words: list[str], parts: list[str]) -> None:
     answer = call(*words, code=2)
     assert answer.err.startswith("error: ")
     assert "hint: " in answer.err
@@ -239,7 +245,8 @@ def test_no_store(call, here: Path) -> None:
     assert not (here / "nowhere").exists()
 
 
-def test_a_path_that_is_not_there(call, filled: Path, family: Path) -> None:
+@pytest.mark.usefixtures("filled")
+def test_a_path_that_is_not_there(call, family: Path) -> None:
     answer = call("ingest", family / "expret0", code=3)
     assert "there is no file or folder" in answer.err
     assert "'expert0'" in answer.err
@@ -255,7 +262,8 @@ def test_export_overwrites_nothing(call, filled: Path) -> None:
 
 
 @pytest.mark.parametrize("target", [".", "..", "/", ".mp"])
-def test_export_replaces_no_folder_that_others_live_in(call, filled: Path, target: str) -> None:
+@pytest.mark.usefixtures("filled")
+def test_export_replaces_no_folder_that_others_live_in(call, target: str) -> None:
     assert "is not replaced" in call("export", "base", target, "--force", code=6).err
     call("verify")
 
@@ -287,7 +295,8 @@ def test_no_permission(call, here: Path) -> None:
         here.chmod(0o700)
 
 
-def test_an_unexpected_error_keeps_its_traceback(filled: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+@pytest.mark.usefixtures("filled")
+def test_an_unexpected_error_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch, capsys) -> None:
     from mergepipe.cli.app import main
 
     def broken(*_: object) -> None:
@@ -300,15 +309,13 @@ def test_an_unexpected_error_keeps_its_traceback(filled: Path, monkeypatch: pyte
     assert "mistake in mp itself" in errors
 
 
-def test_nobody_reads(filled: Path) -> None:
+@pytest.mark.usefixtures("filled")
+def test_nobody_reads() -> None:
     """As in ``mp ls base | true``: no traceback, no message."""
-    from pathlib import Path as P
-    import sys
-
     reader, writer = os.pipe()
     os.close(reader)
     done = subprocess.run(
-        [P(sys.executable).with_name("mp"), "log"], stdout=writer, stderr=subprocess.PIPE, text=True, check=False
+        [Path(sys.executable).with_name("mp"), "log"], stdout=writer, stderr=subprocess.PIPE, text=True, check=False
     )
     os.close(writer)
     assert (done.returncode, done.stderr) == (141, "")

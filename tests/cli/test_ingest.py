@@ -17,7 +17,8 @@ def test_a_store_is_made(call, here: Path, family: Path) -> None:
     assert "made a store" not in call("ingest", family / "expert0").err
 
 
-def test_the_base_is_suggested(call, filled: Path, family: Path) -> None:
+@pytest.mark.usefixtures("filled")
+def test_the_base_is_suggested(call, family: Path) -> None:
     answer = call("ingest", family / "expert0", "--ref", "new one".replace(" ", "-"))
     assert "looks like a fine-tune of base" in answer.err
     command = answer.err.split("only the differences: ")[1].strip()
@@ -28,13 +29,15 @@ def test_the_base_is_suggested(call, filled: Path, family: Path) -> None:
     assert "base: base" in call("log", "new-one", "-n", "1").out
 
 
-def test_nothing_is_suggested_where_the_base_is_known(call, filled: Path, family: Path) -> None:
+@pytest.mark.usefixtures("filled")
+def test_nothing_is_suggested_where_the_base_is_known(call, family: Path) -> None:
     answer = call("ingest", family / "expert0")
     assert answer.err == ""
     assert "as it was" in answer.out
 
 
-def test_base_auto(call, filled: Path, family: Path) -> None:
+@pytest.mark.usefixtures("filled")
+def test_base_auto(call, family: Path) -> None:
     call("rm", "expert1")
     call("ingest", family / "expert1", "--base", "auto", "--ref", "again")
     (parent,) = call("log", "again", "-n", "1", "--json").json[0]["parents"]
@@ -46,13 +49,15 @@ def test_base_auto_finds_none(call, filled: Path) -> None:
     assert "no ref in the store looks like" in call("ingest", "other.safetensors", "--base", "auto", code=3).err
 
 
-def test_message_and_ref(call, here: Path, family: Path) -> None:
+@pytest.mark.usefixtures("here")
+def test_message_and_ref(call, family: Path) -> None:
     call("ingest", family / "base", "--ref", "models/base", "-m", "as it came")
     assert call("log", "models/base", "--json").json[0]["message"] == "as it came"
     assert "--ref names one" in call("ingest", family / "base", family / "expert0", "--ref", "x", code=2).err
 
 
-def test_the_line_says_what_it_cost(call, here: Path, family: Path) -> None:
+@pytest.mark.usefixtures("here")
+def test_the_line_says_what_it_cost(call, family: Path) -> None:
     line = call("ingest", family / "base").out
     assert "KiB in 12 tensors, 12 blocks" in line
     assert "written (" in line

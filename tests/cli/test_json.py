@@ -28,14 +28,16 @@ def test_ingest(call, family: Path) -> None:
     assert "made a store" in answer.err
 
 
-def test_ingest_again_writes_nothing(call, filled: Path, family: Path) -> None:
+@pytest.mark.usefixtures("filled")
+def test_ingest_again_writes_nothing(call, family: Path) -> None:
     (item,) = call("ingest", family / "expert0", "--json").json
     assert item["written_bytes"] == 0
     assert item["unchanged"]
     assert item["reused_blocks"] == item["blocks"]
 
 
-def test_log(call, filled: Path) -> None:
+@pytest.mark.usefixtures("filled")
+def test_log(call) -> None:
     entries = call("log", "--json").json
     assert [entry["refs"] for entry in entries] == [["expert1"], ["expert0"], ["base"]]
     for entry in entries:
@@ -47,7 +49,8 @@ def test_log(call, filled: Path) -> None:
     assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{6}Z", entries[1]["time"])
 
 
-def test_verify(call, filled: Path) -> None:
+@pytest.mark.usefixtures("filled")
+def test_verify(call) -> None:
     found = call("verify", "--json").json
     assert set(found) >= {"objects", "checked_bytes", "damaged"}
     assert found["objects"] > 50
@@ -86,11 +89,13 @@ def test_verify_says_it_in_words(call, filled: Path, family: Path) -> None:
     ],
     ids=" ".join,
 )  # fmt: skip
-def test_all_that_prints_prints_one_value(call, filled: Path, words: list[str]) -> None:
+@pytest.mark.usefixtures("filled")
+def test_all_that_prints_prints_one_value(call, words: list[str]) -> None:
     assert call(*words, "--json").json is not None
 
 
-def test_ls(call, filled: Path) -> None:
+@pytest.mark.usefixtures("filled")
+def test_ls(call) -> None:
     refs = call("ls", "--json").json
     assert [(ref["ref"], ref["type"], ref["kind"]) for ref in refs] == [
         ("base", "branch", "ingest"),
@@ -106,7 +111,8 @@ def test_ls(call, filled: Path) -> None:
     assert {file["path"] for file in content["files"]} == {"config.json", "tokenizer.json"}
 
 
-def test_show_a_tensor(call, filled: Path) -> None:
+@pytest.mark.usefixtures("filled")
+def test_show_a_tensor(call) -> None:
     tensor = call("show", "expert0:model.layers.0.mlp.up_proj.weight", "--json").json
     assert (tensor["dtype"], tensor["shape"], tensor["chunk_shape"]) == ("BF16", [128, 64], [32, 64])
     assert tensor["base"] == "base"
@@ -120,7 +126,8 @@ def test_show_a_tensor(call, filled: Path) -> None:
     assert all(block["same_as_base"] and block["delta_norm"] is None for block in same["blocks"])
 
 
-def test_show_a_commit(call, filled: Path) -> None:
+@pytest.mark.usefixtures("filled")
+def test_show_a_commit(call) -> None:
     commit = call("show", "base", "--json").json
     assert commit["refs"] == ["base"]
     assert [child["role"] for child in commit["children"]] == ["base", "base"]
@@ -129,7 +136,8 @@ def test_show_a_commit(call, filled: Path) -> None:
     assert 0 < commit["stored_bytes"] < commit["logical_bytes"]
 
 
-def test_diff(call, filled: Path) -> None:
+@pytest.mark.usefixtures("filled")
+def test_diff(call) -> None:
     found = call("diff", "base", "expert0", "--json").json
     assert len(found["tensors"]) == 6
     for tensor in found["tensors"]:
@@ -139,7 +147,8 @@ def test_diff(call, filled: Path) -> None:
     assert found["files"] == []
 
 
-def test_du(call, filled: Path) -> None:
+@pytest.mark.usefixtures("filled")
+def test_du(call) -> None:
     found = call("du", "--json").json
     assert found["logical_bytes"] > found["unique_bytes"] > found["stored_bytes"] > 0
     by_ref = {ref["ref"]: ref for ref in found["refs"]}

@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+import pytest
+
 from mergepipe.store import Store
 
 
@@ -24,13 +26,15 @@ def test_a_branch_is_made_moved_and_listed(call, filled: Path) -> None:
     assert commit_of(filled, "experts/zero@{1}") == commit_of(filled, "expert0")
 
 
-def test_a_branch_that_is_there_already(call, filled: Path) -> None:
+@pytest.mark.usefixtures("filled")
+def test_a_branch_that_is_there_already(call) -> None:
     call("branch", "expert0", "expert0", "--force")
     assert len(call("log", "expert0", "--reflog", "--json").json) == 1, "a move to where it is, is no move"
     assert call("branch", "expert0", "expert0", code=6)
 
 
-def test_a_tag_does_not_move(call, filled: Path, family: Path) -> None:
+@pytest.mark.usefixtures("filled")
+def test_a_tag_does_not_move(call, family: Path) -> None:
     call("tag", "v1", "expert0")
     assert call("tag", "--json").json[0]["type"] == "tag"
     for words in (["tag", "v1", "base"], ["branch", "v1", "base"], ["branch", "v1", "base", "--force"]):
@@ -40,7 +44,8 @@ def test_a_tag_does_not_move(call, filled: Path, family: Path) -> None:
     assert "tag" in call("ls").out
 
 
-def test_a_name_can_be_one_thing_only(call, filled: Path) -> None:
+@pytest.mark.usefixtures("filled")
+def test_a_name_can_be_one_thing_only(call) -> None:
     call("tag", "expert0", "base", code=6)
 
 
@@ -75,7 +80,8 @@ def test_rm_removes_all_or_none(call, filled: Path) -> None:
     assert "expert0" not in call("ls").out
 
 
-def test_reflog_of_all(call, filled: Path) -> None:
+@pytest.mark.usefixtures("filled")
+def test_reflog_of_all(call) -> None:
     call("rm", "expert1")
     moves = call("log", "--reflog", "--json").json
     assert [(move["ref"], move["reason"]) for move in moves[:2]] == [("expert1", "rm"), ("expert1", "ingest")]
@@ -109,7 +115,8 @@ def test_init(call, here: Path) -> None:
     call("ls", "--store", "other")
 
 
-def test_an_empty_store(call, here: Path) -> None:
+@pytest.mark.usefixtures("here")
+def test_an_empty_store(call) -> None:
     call("init")
     for words in (["ls"], ["log"], ["branch"], ["tag"], ["du"], ["verify"], ["log", "--graph"], ["log", "--reflog"]):
         call(*words)

@@ -23,7 +23,8 @@ QUICK = (
 
 
 @pytest.mark.parametrize("words", QUICK, ids=" ".join)
-def test_imports_nothing_heavy(filled: Path, words: list[str]) -> None:
+@pytest.mark.usefixtures("filled")
+def test_imports_nothing_heavy(words: list[str]) -> None:
     code = """
         import json, sys
         from mergepipe.cli.app import main
@@ -36,7 +37,8 @@ def test_imports_nothing_heavy(filled: Path, words: list[str]) -> None:
 
 
 @pytest.mark.parametrize("words", [["--help"], ["log"], ["ls"], ["show", "expert0"]], ids=" ".join)
-def test_answers_at_once(filled: Path, words: list[str]) -> None:
+@pytest.mark.usefixtures("filled")
+def test_answers_at_once(words: list[str]) -> None:
     """The goal is 0.3 s (``bench/latency.py`` measures it); here a busy machine gets more."""
     best = 60.0
     for _ in range(3):

@@ -17,6 +17,8 @@ from mergepipe.store.checkpoint import Checkpoint, open_checkpoint
 from mergepipe.store.dtypes import FROM_TORCH
 from mergepipe.store.errors import BadInputError
 
+# What files from before PyTorch 1.6 can have: torch itself cannot read its later types back from them.
+LEGACY = {"bool", "uint8", "int8", "int16", "int32", "int64", "float16", "bfloat16", "float32", "float64", "complex64"}
 NUMBERS = torch.arange(24, dtype=torch.float32)
 
 
@@ -46,6 +48,8 @@ def expected(tensor: torch.Tensor, dtype: str) -> tuple[str, tuple[int, ...], by
 class TestWhatIsThere:
     @pytest.mark.parametrize("name", sorted(FROM_TORCH))
     def test_every_type(self, tmp_path: Path, name: str, old: bool) -> None:
+        if old and name not in LEGACY:
+            pytest.skip("the legacy format has no such type")
         kind = getattr(torch, name)
         bits = torch.randint(0, 2 if name == "bool" else 256, (6 * kind.itemsize,), dtype=torch.uint8)
         tensor = bits.view(kind).reshape(2, 3)
@@ -107,6 +111,7 @@ class RunsCode:
 
 
 class TestHostileFiles:
+    @pytest.mark.filterwarnings("ignore:Detected pickle protocol")
     @pytest.mark.parametrize("form", ["zip", "legacy", "pickle", "suffix"])
     def test_code_does_not_run(self, tmp_path: Path, form: str) -> None:
         marker = tmp_path / "marker"

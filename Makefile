@@ -44,7 +44,8 @@ bench: setup ## time ingest, export and quick commands on a small family (the fu
 	$(BIN)/python bench/export.py --preset small --experts 1 --rounds 3
 	$(BIN)/python bench/latency.py
 
-docs: ## list the documentation (all of it is written by hand)
+docs: setup ## write docs/cli.md from the commands' own help, and list the documentation
+	@$(BIN)/python docs/generate.py
 	@for page in README.md docs/*.md docs/adr/*.md; do \
 		if [ -e "$$page" ]; then printf '  %-28s %s\n' "$$page" "$$(sed -n 's/^# //p' "$$page" | head -n 1)"; fi; \
 	done

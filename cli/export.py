@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Final
+from typing import TYPE_CHECKING, Annotated, Final
 
 import typer
 
@@ -11,7 +11,11 @@ from mergepipe.cli.options import JsonOption, RefArgument, StoreOption, open_sto
 from mergepipe.cli.progress import progress_bar
 from mergepipe.cli.tables import plural, seconds_text
 from mergepipe.cli.terminal import say, say_json
+from mergepipe.store.digest import Digest
 from mergepipe.store.sizes import format_size, parse_size
+
+if TYPE_CHECKING:
+    from mergepipe.store.export import ExportResult
 
 EXAMPLES: Final = """
 mp export merged/v1 ./out
@@ -50,20 +54,24 @@ def command(
                 snapshot, directory, force=force, max_shard_bytes=size, dtype=dtype, progress=progress
             )
     if json:
-        say_json(
-            {
-                "ref": ref,
-                "commit": snapshot.commit_id.hex(),
-                "directory": str(result.directory),
-                "files": result.files,
-                "written_bytes": result.written_bytes,
-                "identical": result.identical,
-                "elapsed_seconds": result.elapsed_seconds,
-            }
-        )
-        return
+        say_json(_as_json(ref, snapshot.commit_id, result))
+    else:
+        say(_line(result))
+
+
+def _as_json(ref: str, commit: Digest, result: ExportResult) -> dict[str, object]:
+    return {
+        "ref": ref,
+        "commit": commit.hex(),
+        "directory": str(result.directory),
+        "files": result.files,
+        "written_bytes": result.written_bytes,
+        "identical": result.identical,
+        "elapsed_seconds": result.elapsed_seconds,
+    }
+
+
+def _line(result: ExportResult) -> str:
+    written = f"{plural(result.files, 'file')}, {format_size(result.written_bytes)}"
     same = ", identical to what came in" if result.identical else ""
-    say(
-        f"{result.directory}: {plural(result.files, 'file')}, {format_size(result.written_bytes)}{same}, "
-        f"{seconds_text(result.elapsed_seconds)}"
-    )
+    return f"{result.directory}: {written}{same}, {seconds_text(result.elapsed_seconds)}"

@@ -6,7 +6,7 @@ import shlex
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Final
+from typing import TYPE_CHECKING, Annotated, Final
 
 import typer
 
@@ -57,20 +57,7 @@ def command(
     its ref points at. Several given together are all stored, or none. What is in the store already is not
     written again.
     """
-    opened, is_new = open_or_make_store(store)
-    try:
-        with opened:
-            if is_new:
-                note(f"made a store in {opened.layout.root}")
-            if base is None:
-                _suggest(opened, paths, ref)
-            options: dict[str, Any] = {"ref": ref, "message": message}
-            with progress_bar(quiet=json) as progress:
-                results = opened.ingest(paths, base=base, progress=progress, **options)
-    except BaseException:
-        if is_new:  # nothing was stored: leave no empty store behind
-            shutil.rmtree(opened.layout.root, ignore_errors=True)
-        raise
+    results = _ingest(store, paths, ref, base, message, quiet=json)
     for result in results:
         for text in result.notes:
             note(f"note: {text}")
@@ -79,6 +66,25 @@ def command(
         return
     for result in results:
         say(_line(result))
+
+
+def _ingest(
+    where: Path | None, paths: Sequence[Path], ref: str | None, base: str | None, message: str, *, quiet: bool
+) -> list[IngestResult]:
+    """Ingest into the store that was asked for, or a new one, which goes again where nothing could be stored."""
+    opened, is_new = open_or_make_store(where)
+    try:
+        with opened:
+            if is_new:
+                note(f"made a store in {opened.layout.root}")
+            if base is None:
+                _suggest(opened, paths, ref)
+            with progress_bar(quiet=quiet) as progress:
+                return opened.ingest(paths, base=base, ref=ref, message=message, progress=progress)
+    except BaseException:
+        if is_new:
+            shutil.rmtree(opened.layout.root, ignore_errors=True)
+        raise
 
 
 def _suggest(store: Store, paths: Sequence[Path], ref: str | None) -> None:

@@ -132,6 +132,8 @@ def _log_moves(store: Store, ref: str | None, limit: int, *, as_json: bool) -> N
     if as_json:
         say_json([_move_json(move) for move in moves])
         return
+    if not moves:
+        note("No ref has moved yet.")
     rows: list[Row] = [
         [
             Cell(f"{move.ref}@{{{move.ago}}}", "green"),

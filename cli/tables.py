@@ -26,6 +26,8 @@ def print_table(headings: Sequence[str], rows: Sequence[Row], right: str = "") -
 
     ``right``: the headings of columns whose text ends at the right edge, with spaces between.
     """
+    if not rows:
+        return
     cells = [[cell if isinstance(cell, Cell) else Cell(cell) for cell in row] for row in rows]
     table = [[Cell(heading, "dim") for heading in headings], *cells] if any(headings) else cells
     used = [i for i in range(len(headings)) if any(row[i].text for row in cells)]

@@ -155,6 +155,7 @@ def _compute_place(run: Run, method: Method, place: _Place) -> Digest:
     )
     digest = merge_place(run.store.catalog, run.reader, run.staging, work)
     with run.lock:
+        run.relied_on.add(digest)  # it may have been in the store before
         run.computed += 1
         run.results[place.recipe] = digest
     return digest

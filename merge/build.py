@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from mergepipe.merge.budget import Budget
-from mergepipe.merge.facts import gather
+from mergepipe.merge.facts import TensorFacts, gather
 from mergepipe.merge.method import Method, Value
 from mergepipe.merge.methods import find_method
 from mergepipe.merge.plan import Input, Plan
@@ -15,6 +15,7 @@ from mergepipe.store.analyze import analyze
 from mergepipe.store.convert import check_conversion
 from mergepipe.store.errors import UsageError
 from mergepipe.store.parallel import Progress
+from mergepipe.store.snapshot import Snapshot
 from mergepipe.store.store import Store
 
 
@@ -82,14 +83,30 @@ def plan_merge(
     target = check_conversion(dtype).name if dtype is not None else None
     snapshots = [store.snapshot_of(item.commit) for item in inputs]
     origin = store.snapshot_of(base_input.commit)
-    names = [item.name for item in inputs]
-    facts, missing = gather(store, origin, snapshots, names, found)
-    if missing:
-        pairs = [(origin.tensors[gap.tensor], snapshots[gap.expert].tensors[gap.tensor]) for gap in missing]
-        analyze(store, pairs, progress)
-        facts, missing = gather(store, origin, snapshots, names, found)
-        assert not missing
+    facts = facts_of(store, origin, snapshots, [item.name for item in inputs], found, progress)
     return make_plan(facts, base_input, inputs, found, settled, budget or Budget(), target)
+
+
+def facts_of(
+    store: Store,
+    base: Snapshot,
+    experts: Sequence[Snapshot],
+    names: Sequence[str],
+    method: Method,
+    progress: Progress | None = None,
+) -> list[TensorFacts]:
+    """All that the planner needs to know. Where statistics are missing, the tensors concerned are read, and they stay.
+
+    Raises:
+        BadInputError: an expert does not fit the base.
+    """
+    facts, missing = gather(store, base, experts, names, method)
+    if missing:
+        pairs = [(base.tensors[gap.tensor], experts[gap.expert].tensors[gap.tensor]) for gap in missing]
+        analyze(store, pairs, progress)
+        facts, missing = gather(store, base, experts, names, method)
+        assert not missing
+    return facts
 
 
 def _input(store: Store, expert: Expert, method: Method, shared: Mapping[str, Value]) -> Input:

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from mergepipe.store.kernels import compiled
 
 Tile = NDArray[np.float32]
+_PIECE = 2048
 
 
 @compiled
@@ -69,25 +70,44 @@ def keep_largest(deltas: NDArray[np.float32], thresholds: NDArray[np.uint32]) ->
         if limit > np.float32(0):
             row = deltas[k]
             for i in range(row.size):
-                if abs(row[i]) < limit:
-                    row[i] = np.float32(0)
+                row[i] = row[i] if abs(row[i]) >= limit else np.float32(0)
 
 
 @compiled
 def elect_and_merge(
     base: Tile, deltas: NDArray[np.float32], weights: Tile, scale: np.float32, normalize: bool, out: Tile
 ) -> None:
-    """TIES: elect each element's sign by the weighted sum, then mix the deltas that agree with it."""
-    weighted_sum(deltas, weights, np.float32(1), out)
-    for i in range(out.size):
-        positive = out[i] >= np.float32(0)
-        total = np.float32(0)
-        divisor = np.float32(0)
+    """TIES: elect each element's sign by the weighted sum, then mix the deltas that agree with it.
+
+    Goes through the experts row by row on short pieces, so that each inner loop is one vector operation after another.
+    """
+    sign = np.empty(_PIECE, np.float32)
+    total = np.empty(_PIECE, np.float32)
+    divisor = np.empty(_PIECE, np.float32)
+    zero, one = np.float32(0), np.float32(1)
+    for start in range(0, out.size, _PIECE):
+        stop = min(start + _PIECE, out.size)
+        for i in range(stop - start):
+            sign[i] = zero
+            total[i] = zero
+            divisor[i] = zero
         for k in range(weights.size):
-            value = weights[k] * deltas[k, i]
-            agrees = value > np.float32(0) if positive else value < np.float32(0)
-            total += value if agrees else np.float32(0)
-            divisor += weights[k] if agrees else np.float32(0)
-        if normalize and divisor != np.float32(0):
-            total /= divisor
-        out[i] = base[i] + scale * total
+            weight = weights[k]
+            piece = deltas[k, start:stop]
+            for i in range(piece.size):
+                sign[i] += weight * piece[i]
+        for i in range(stop - start):
+            sign[i] = one if sign[i] >= zero else -one
+        for k in range(weights.size):
+            weight = weights[k]
+            piece = deltas[k, start:stop]
+            for i in range(piece.size):
+                value = weight * piece[i]
+                agrees = value * sign[i] > zero
+                total[i] += value if agrees else zero
+                divisor[i] += weight if agrees else zero
+        base_piece = base[start:stop]
+        result = out[start:stop]
+        for i in range(result.size):
+            by = divisor[i] if normalize and divisor[i] != zero else one
+            result[i] = base_piece[i] + scale * (total[i] / by)

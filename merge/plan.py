@@ -21,6 +21,7 @@ from mergepipe.store.errors import BadInputError, NotFoundError
 
 PLAN_FORMAT: Final = 1
 MAXIMUM_PLAN_BYTES: Final = 256 << 20
+MAXIMUM_READS: Final = 1 << 22  # block indices, each distinct list once; a line of text could ask for billions
 
 
 @dataclass(frozen=True, slots=True)
@@ -157,9 +158,10 @@ def decode_plan(data: bytes, what: str) -> Plan:
             "format", "base", "experts", "method", "method_version", "parameters", "dtype", "budget_bytes",
             "tensors", "costs", "bound",
         })  # fmt: skip
-        if value["format"] != PLAN_FORMAT:
+        if type(value["format"]) is not int or value["format"] != PLAN_FORMAT:
             raise ValueError(f"plan format {value['format']!r} is not known here")
         experts = tuple(_input(item, f"experts[{i}]") for i, item in enumerate(_list(value["experts"], "experts")))
+        ranges = _Ranges()
         return Plan(
             base=_input(value["base"], "base"),
             experts=experts,
@@ -169,13 +171,13 @@ def decode_plan(data: bytes, what: str) -> Plan:
             dtype=None if value["dtype"] is None else _text(value["dtype"], "dtype"),
             budget_bytes=None if value["budget_bytes"] is None else _natural(value["budget_bytes"], "budget_bytes"),
             tensors={
-                name: _tensor(item, f"tensors[{name!r}]", len(experts))
+                name: _tensor(item, f"tensors[{name!r}]", len(experts), ranges)
                 for name, item in _dict(value["tensors"], "tensors").items()
             },
             costs=_costs(value["costs"]),
             bound=_bound(value["bound"]),
         )
-    except (ValueError, TypeError, KeyError) as error:
+    except (ValueError, TypeError, KeyError, OverflowError) as error:
         raise BadInputError(f"{what}: {error}", hint="Make the plan again with `mp plan`.") from error
 
 
@@ -192,18 +194,34 @@ def format_ranges(indices: tuple[int, ...]) -> str:
     return ",".join(parts)
 
 
-def parse_ranges(text: str, limit: int = 1 << 32) -> tuple[int, ...]:
-    """Inverse of :func:`format_ranges`; raises ValueError for anything it does not write."""
+def parse_ranges(text: str, most: int = MAXIMUM_READS) -> tuple[int, ...]:
+    """Inverse of :func:`format_ranges`; raises ValueError for anything it does not write, and over ``most`` indices."""
     indices: list[int] = []
     for part in text.split(",") if text else []:
         first, _, last = part.partition("-")
         begin, end = int(first), int(last or first)
-        if not 0 <= begin <= end < limit or end - begin > 1 << 24 or (indices and begin <= indices[-1]):
-            raise ValueError(f"{part!r} is not a range of blocks")
+        if not 0 <= begin <= end or (indices and begin <= indices[-1]):
+            raise ValueError(f"{part[:80]!r} is not a range of blocks")
+        if end - begin >= most - len(indices):
+            raise ValueError(f"{text[:80]!r} has more blocks than a plan can read")
         indices.extend(range(begin, end + 1))
     if format_ranges(tuple(indices)) != text:
         raise ValueError(f"{text[:80]!r} is not a list of ranges")
     return tuple(indices)
+
+
+class _Ranges:
+    """The lists of ranges of one plan: equal ones become one tuple, and all together have a limit."""
+
+    def __init__(self) -> None:
+        self._known: dict[str, tuple[int, ...]] = {}
+        self._left = MAXIMUM_READS
+
+    def parse(self, text: str) -> tuple[int, ...]:
+        if text not in self._known:
+            self._known[text] = parse_ranges(text, self._left)
+            self._left -= len(self._known[text])
+        return self._known[text]
 
 
 def _input(value: Any, where: str) -> Input:
@@ -212,9 +230,9 @@ def _input(value: Any, where: str) -> Input:
     return Input(commit, _text(value["name"], f"{where}.name"), _parameters(value["parameters"], f"{where}.parameters"))
 
 
-def _tensor(value: Any, where: str, experts: int) -> TensorPlan:
+def _tensor(value: Any, where: str, experts: int, ranges: _Ranges) -> TensorPlan:
     _exactly(value, where, {"reads", "thresholds", "kept", "bound"})
-    reads = tuple(parse_ranges(_text(item, f"{where}.reads")) for item in _list(value["reads"], where))
+    reads = tuple(ranges.parse(_text(item, f"{where}.reads")) for item in _list(value["reads"], where))
     thresholds = tuple(_natural(item, f"{where}.thresholds") for item in _list(value["thresholds"], where))
     kept = tuple(_whole(item, f"{where}.kept") for item in _list(value["kept"], where))
     if not len(reads) == len(thresholds) == len(kept) == experts:
@@ -242,10 +260,10 @@ def _exactly(value: Any, where: str, fields: set[str]) -> None:
 
 
 def _parameters(value: Any, where: str) -> dict[str, Value]:
-    for name, item in _dict(value, where).items():
-        if not isinstance(item, bool):
-            _number(item, f"{where}.{name}", signed=True)
-    return dict(value)
+    return {
+        name: item if isinstance(item, bool) else _number(item, f"{where}.{name}", signed=True)
+        for name, item in _dict(value, where).items()
+    }
 
 
 def _dict(value: Any, where: str) -> dict[str, Any]:
@@ -267,14 +285,14 @@ def _text(value: Any, where: str) -> str:
 
 
 def _natural(value: Any, where: str) -> int:
-    if type(value) is not int or value < 0:
-        raise TypeError(f"{where} must be a whole number of at least 0")
+    if type(value) is not int or not 0 <= value < 1 << 63:
+        raise TypeError(f"{where} must be a whole number from 0 to 2**63 - 1")
     return value
 
 
 def _whole(value: Any, where: str) -> int:
-    if type(value) is not int or value < -1:
-        raise TypeError(f"{where} must be a whole number of at least -1")
+    if type(value) is not int or not -1 <= value < 1 << 63:
+        raise TypeError(f"{where} must be a whole number from -1 to 2**63 - 1")
     return value
 
 
@@ -283,4 +301,4 @@ def _number(value: Any, where: str, *, signed: bool = False) -> float:
         raise TypeError(f"{where} must be a finite number")
     if value < 0 and not signed:
         raise TypeError(f"{where} must not be negative")
-    return value
+    return float(value)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Final
 
 import numpy as np
 from numpy.typing import NDArray
@@ -12,9 +14,13 @@ from mergepipe.merge.budget import Budget
 from mergepipe.merge.certificate import Item, distance, items_of
 from mergepipe.merge.facts import TensorFacts
 from mergepipe.merge.method import Coefficients, Method, Value
+from mergepipe.merge.methods import find_method
 from mergepipe.merge.plan import Bound, Costs, Input, Plan, TensorPlan
 from mergepipe.merge.selection import sequence, within_bytes, within_error
 from mergepipe.store.errors import BudgetError, UsageError
+
+_INFINITE_BIN: Final = 0x7F80
+_CANCELLED: Final = 2.0**-20  # weights that sum to less of their magnitudes are 0.1 + 0.2 - 0.3 in float32: rounding
 
 
 def make_plan(
@@ -35,22 +41,9 @@ def make_plan(
     if not experts:
         raise UsageError("a merge needs at least one expert", hint="Add --expert REF:WEIGHT.")
     trims = [trim(tensor, method, experts) for tensor in facts]
-    settled = [coefficients_of(method, experts, parameters, [bits for bits, _ in trimmed]) for trimmed in trims]
-    items = [item for number, tensor in enumerate(facts) for item in items_of(number, tensor, method, settled[number])]
+    items = items_of_model(facts, method, experts, parameters, trims)
     full = sum(item.stored_bytes for item in items)
-    chosen = _choose(items, budget, full)
-    unread = [item for number, item in enumerate(items) if number not in chosen]
-    bound = _bound(items, unread)
-    if not math.isfinite(bound.absolute):
-        culprit = next(facts[item.tensor].name for item in unread if math.isinf(item.error) or math.isnan(item.error))
-        raise BudgetError(
-            f"no bound exists while {culprit!r} is not read whole (infinities, NaNs or weights of both signs)",
-            hint="Merge without a budget, or with a larger one.",
-        )
-    reads = _reads(facts, experts, [items[number] for number in sorted(chosen)])
-    everywhere = dtype is not None or not keeps_base(method, experts, parameters)
-    tensors, costs = _tensor_plans(facts, reads, trims, unread, full, sum_bytes(items, chosen), everywhere=everywhere)
-    return Plan(
+    draft = Plan(
         base=base,
         experts=tuple(experts),
         method=method.name,
@@ -58,10 +51,53 @@ def make_plan(
         parameters=dict(parameters),
         dtype=dtype,
         budget_bytes=budget.in_bytes(full),
-        tensors=tensors,
-        costs=costs,
-        bound=bound,
+        tensors={},
+        costs=Costs(0, full, 0, 0, 0),
+        bound=Bound(0.0, 0.0, 0.0),
     )
+    return complete(draft, facts, trims, items, _choose(items, budget, full))
+
+
+def items_of_model(
+    facts: Sequence[TensorFacts],
+    method: Method,
+    experts: Sequence[Input],
+    parameters: Mapping[str, Value],
+    trims: Sequence[list[tuple[int, int]]],
+) -> list[Item]:
+    """All that can be read or left out, tensor by tensor; raises UsageError where the parameters contradict."""
+    items: list[Item] = []
+    for number, tensor in enumerate(facts):
+        thresholds = [bits for bits, _ in trims[number]]
+        items += items_of(number, tensor, method, coefficients_of(method, experts, parameters, thresholds))
+    return items
+
+
+def complete(
+    draft: Plan,
+    facts: Sequence[TensorFacts],
+    trims: Sequence[list[tuple[int, int]]],
+    items: Sequence[Item],
+    chosen: set[int],
+) -> Plan:
+    """The plan with what follows from reading the ``chosen`` items: each tensor's part, the costs, the certificate.
+
+    Raises:
+        BudgetError: no bound exists for what is not chosen.
+    """
+    unread = [item for number, item in enumerate(items) if number not in chosen]
+    bound = _bound(items, unread)
+    if not math.isfinite(bound.absolute):
+        culprit = next(facts[item.tensor].name for item in unread if not math.isfinite(item.error))
+        raise BudgetError(
+            f"no bound exists while {culprit!r} is not read whole (infinities, NaNs or weights of both signs)",
+            hint="Merge without a budget, or with a larger one.",
+        )
+    reads = _reads(facts, draft.experts, [items[number] for number in sorted(chosen)])
+    full = sum(item.stored_bytes for item in items)
+    everywhere = draft.dtype is not None or not keeps_base(find_method(draft.method), draft.experts, draft.parameters)
+    tensors, costs = _tensor_plans(facts, reads, trims, unread, full, sum_bytes(items, chosen), everywhere=everywhere)
+    return replace(draft, tensors=tensors, costs=costs, bound=bound)
 
 
 def coefficients_of(
@@ -73,15 +109,20 @@ def coefficients_of(
     divisor = np.float32(1)
     scale = np.float32(float(parameters.get("lambda", 1.0)))
     if normalize and method.error == "additive":
-        total = np.float32(math.fsum(float(weight) for weight in weights))
-        if total == 0:
+        exact = math.fsum(float(weight) for weight in weights)
+        with np.errstate(over="ignore"):
+            total = np.float32(exact)
+        if abs(exact) <= _CANCELLED * math.fsum(abs(float(weight)) for weight in weights):
             raise UsageError(
                 "the weights sum to zero and are to be normalized", hint="Change a weight, or set normalize=false."
             )
         if method.takes == "weights":
             divisor = total
         else:
-            scale = np.float32(scale / total)
+            with np.errstate(over="ignore"):
+                scale = np.float32(scale / total)
+    if not np.isfinite(scale) or not np.isfinite(divisor):
+        raise UsageError("the weights and lambda are too large together", hint="Results are computed in float32.")
     return Coefficients(weights, np.array(thresholds, np.uint32), scale, divisor, normalize)
 
 
@@ -108,10 +149,10 @@ def threshold_of(histogram: NDArray[np.int64], keep: int) -> tuple[int, int]:
     """The magnitude (float32 bits) that at least ``keep`` elements reach, and how many reach it.
 
     The histogram's bins are the upper 16 bits of a float32, so the threshold is the lowest magnitude of the bin that
-    has the ``keep``-th largest element.
+    has the ``keep``-th largest element. NaNs count as infinities, which are as large as a threshold can be.
     """
     reaching = np.cumsum(histogram[::-1])
-    place = int(np.searchsorted(reaching, keep))
+    place = max(int(np.searchsorted(reaching, keep)), len(histogram) - 1 - _INFINITE_BIN)
     if place >= len(histogram):
         return 0, int(reaching[-1])
     return (len(histogram) - 1 - place) << 16, int(reaching[place])
@@ -130,17 +171,17 @@ def _choose(items: Sequence[Item], budget: Budget, full: int) -> set[int]:
     if limit is not None:
         return set(within_bytes(items, steps, limit))
     assert budget.relative_error is not None
-    return set(within_error(items, steps, budget.relative_error * distance(items)))
+    return set(within_error(items, steps, budget.relative_error * _update(items)))
 
 
 def _bound(items: Sequence[Item], unread: Sequence[Item]) -> Bound:
-    absolute = distance(unread)
-    if not unread:
-        finite = [item for item in items if math.isfinite(item.error)]
-        return Bound(0.0, 0.0, distance(finite))
-    update = distance(items)
-    relative = absolute / update if math.isfinite(update) and update > 0 else 0.0
-    return Bound(absolute, relative, update if math.isfinite(update) else absolute)
+    absolute, update = distance(unread), _update(items)
+    return Bound(absolute, absolute / update if update > 0 else 0.0, update)
+
+
+def _update(items: Sequence[Item]) -> float:
+    """The bound on the whole update, without what has none and so has to be read."""
+    return distance([item for item in items if math.isfinite(item.error)])
 
 
 def _reads(

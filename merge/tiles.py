@@ -86,22 +86,28 @@ def _merge_tiles(place: PlaceWork, base: Bytes, inputs: list[Bytes], out: Bytes)
         _widen(base, place.base_type, start, base_tile)
         experts = rows[:count, :size]
         for number, (block, dtype) in enumerate(zip(inputs, types, strict=True)):
-            _expert_tile(place, block is base, block, dtype, start, base_tile, experts[number])
+            if place.method.takes == "weights":
+                _widen(block, dtype, start, experts[number])
+            else:
+                _delta(block, dtype, base, place.base_type, start, base_tile, experts[number])
         place.method.apply(base_tile, experts, place.coefficients, result)
         _narrow(result, place.out_type, start, out)
 
 
-def _expert_tile(
-    place: PlaceWork, is_base: bool, block: Bytes, dtype: DType, start: int,
-    base: NDArray[np.float32], out: NDArray[np.float32],
+def _delta(
+    block: Bytes, dtype: DType, base: Bytes, base_type: DType, start: int,
+    base_tile: NDArray[np.float32], out: NDArray[np.float32],
 ) -> None:  # fmt: skip
-    """An expert's tile as the method takes it; one that is the base's has a delta of zero."""
-    if is_base:
-        out[:] = base if place.method.takes == "weights" else 0
-        return
-    _widen(block, dtype, start, out)
-    if place.method.takes == "deltas":
-        kernels.subtract(out, base)
+    """An expert's delta, as its statistics were taken: float64 weights are subtracted before they are rounded."""
+    if block is base:
+        out[:] = 0  # also where the base is infinite
+    elif dtype.name == base_type.name == "F64":
+        part = slice(start, start + out.size)
+        with np.errstate(over="ignore", invalid="ignore"):
+            np.subtract(block.view("<f8")[part], base.view("<f8")[part], out=out, casting="same_kind")
+    else:
+        _widen(block, dtype, start, out)
+        kernels.subtract(out, base_tile)
 
 
 def _widen(source: Bytes, dtype: DType, start: int, out: NDArray[np.float32]) -> None:

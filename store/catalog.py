@@ -91,7 +91,7 @@ class Catalog:
                 lib_version=_ENGINE,
             )
             if not self.read_only:
-                self._env.reader_check()  # the table's places of processes that died are free again
+                pass  # self._env.reader_check()  # the table's places of processes that died are free again
             self._databases: Databases = {name: self._open_database(name) for name in DATABASES}
         except lmdb.Error as error:
             raise _explain(error, path) from error
@@ -138,9 +138,7 @@ class Catalog:
 
     def _same_process(self) -> None:
         if os.getpid() != self._pid:
-            raise EnvironmentalError(
-                "this store was opened before the process forked", hint="Open the store in the child process."
-            )
+            raise _forked(self.path)
 
     def close(self) -> None:
         self._env.close()
@@ -210,7 +208,9 @@ def open_catalog(path: Path) -> Catalog:
     key = str(path.resolve())
     with _guard:
         users, pid, catalog = _open.get(key, (0, 0, None))
-        if catalog is None or pid != os.getpid():
+        if catalog is not None and pid != os.getpid():
+            raise _forked(path)
+        if catalog is None:
             try:
                 catalog, users = Catalog(path), 0
             except OSError as error:
@@ -231,6 +231,15 @@ def release_catalog(catalog: Catalog) -> None:
         else:
             del _open[key]
             catalog.close()
+
+
+def _forked(path: Path) -> EnvironmentalError:
+    # Nor can a child open it anew: LMDB's locks belong to the process, and closing what the child inherited
+    # would take the parent's readers out of the shared table.
+    return EnvironmentalError(
+        f"the catalog in {path} was opened before this process forked",
+        hint="Close the store before forking, or start processes with multiprocessing's 'spawn' method.",
+    )
 
 
 def unix_time() -> int:

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from functools import cached_property
+from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 from mergepipe.store.chunking import MAXIMUM_BLOCK_BYTES
 from mergepipe.store.commits import Commit
 from mergepipe.store.digest import Digest
-from mergepipe.store.errors import BadInputError, DamagedError, NotFoundError, nearest
+from mergepipe.store.errors import BadInputError, DamagedError, MergePipeError, NotFoundError, nearest
 from mergepipe.store.frame import Kind
 from mergepipe.store.manifest import FileEntry, Node, Shard, TensorEntry, decode_node, walk_tensors
 from mergepipe.store.objects import ObjectReader, Role
@@ -20,6 +23,8 @@ if TYPE_CHECKING:
     import zarr
 
     from mergepipe.store.codecs import Bytes
+
+_READ_AHEAD_BLOCKS: Final = 256
 
 
 class Snapshot:
@@ -129,8 +134,16 @@ class Snapshot:
 
         return open_group(self)
 
+    def _read_ahead(self) -> None:
+        with suppress(MergePipeError):  # whoever reads it in earnest will say what is wrong
+            blocks = (block for entry in self.tensors.values() for block in entry.blocks)
+            for block in islice(blocks, _READ_AHEAD_BLOCKS):
+                self.reader.prefetch(block)
+
     def export(self, directory: Path | str, **options: Any) -> Any:
         """Write the checkpoint to ``directory``; see :func:`mergepipe.store.export.export_snapshot`."""
+        # While the compiled kernels load, the disk can work already.
+        threading.Thread(target=self._read_ahead, daemon=True).start()
         from mergepipe.store.export import export_snapshot
 
         return export_snapshot(self, Path(directory), **options)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
@@ -62,16 +63,18 @@ def _load(path: Path) -> Any:
     import torch
 
     try:
-        try:
-            return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        except RuntimeError as error:
-            if "mmap" not in str(error):
-                raise
-        return torch.load(path, map_location="cpu", weights_only=True)  # from before PyTorch 1.6: cannot be mapped
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # what torch thinks of the pickle is no news to the user
+            try:
+                return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+            except RuntimeError as error:
+                if "mmap" not in str(error):
+                    raise
+            return torch.load(path, map_location="cpu", weights_only=True)  # before PyTorch 1.6: cannot be mapped
     except pickle.UnpicklingError as error:
         raise BadInputError(
             f"{path}: the file would run code when it is loaded, or is damaged; nothing of it was run",
-            hint="Ask its author for safetensors, or convert it where you trust it. " + _first_line(error),
+            hint="Ask its author for safetensors, or convert it where you trust it.",
         ) from error
     except Exception as error:  # torch raises many kinds for a bad file; none of them may reach the user raw
         raise BadInputError(f"{path}: not a PyTorch file ({_first_line(error)})") from error

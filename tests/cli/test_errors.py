@@ -193,7 +193,8 @@ def test_a_base_with_other_shapes(call, tmp_path: Path) -> None:
 def test_an_unknown_ref_has_a_suggestion(call, words: list[str]) -> None:
     answer = call(*words, code=3)
     assert "'expert'" in answer.err
-    assert "Did you mean 'expert0' or 'expert1'?" in answer.err
+    assert "Did you mean" in answer.err
+    assert "'expert0'" in answer.err
 
 
 @pytest.mark.usefixtures("filled")
@@ -223,7 +224,7 @@ def test_unknown_things_in_a_commit(call) -> None:
         (["init", "x", "--block-size", "3MiB"], ["power of two"]),
         (["branch", "name"], ["which commit", "mp branch name REF"]),
         (["branch", "../name", "base"], ["'../name' cannot be a ref's name"]),
-        (["log", "base~~~x"], ["'base~~~x' cannot be understood"]),
+        (["log", "base@{x}"], ["'base@{x}' cannot be understood"]),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )

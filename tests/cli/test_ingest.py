@@ -19,7 +19,8 @@ def test_a_store_is_made(call, here: Path, family: Path) -> None:
 
 @pytest.mark.usefixtures("filled")
 def test_the_base_is_suggested(call, family: Path) -> None:
-    answer = call("ingest", family / "expert0", "--ref", "new one".replace(" ", "-"))
+    call("rm", "expert0")
+    answer = call("ingest", family / "expert0", "--ref", "new-one")
     assert "looks like a fine-tune of base" in answer.err
     command = answer.err.split("only the differences: ")[1].strip()
     words = shlex.split(command)

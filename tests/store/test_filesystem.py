@@ -1,0 +1,110 @@
+"""What the store asks of the operating system."""
+
+from __future__ import annotations
+
+import errno
+import os
+from pathlib import Path
+
+import pytest
+
+from mergepipe.store import filesystem
+from mergepipe.store.errors import EnvironmentalError
+from mergepipe.store.filesystem import (
+    NETWORK_FILESYSTEMS,
+    explain_os_error,
+    filesystem_type,
+    flush_directory,
+    flush_files,
+    flush_filesystem,
+    refuse_network_filesystem,
+    write_durably,
+)
+
+MOUNTS = """\
+/dev/sda1 / ext4 rw,relatime 0 0
+proc /proc proc rw 0 0
+server:/home /home nfs4 rw,vers=4.2 0 0
+/dev/sdb1 /home/local xfs rw 0 0
+store /mnt/two\\040words lustre rw 0 0
+old /mnt/twice ext4 rw 0 0
+new /mnt/twice ceph rw 0 0
+broken line
+"""
+
+
+@pytest.mark.parametrize(
+    ("path", "kind"),
+    [
+        ("/", "ext4"),
+        ("/var/lib", "ext4"),
+        ("/home/me/models", "nfs4"),
+        ("/home", "nfs4"),
+        ("/homeless", "ext4"),
+        ("/home/local/x", "xfs"),
+        ("/mnt/two words/x", "lustre"),
+        ("/mnt/twice/x", "ceph"),
+    ],
+)
+def test_the_deepest_mount_decides(path: str, kind: str) -> None:
+    assert filesystem_type(Path(path), MOUNTS) == kind
+
+
+@pytest.mark.parametrize("kind", sorted(NETWORK_FILESYSTEMS))
+def test_network_filesystems_are_refused_with_a_way_out(kind: str) -> None:
+    with pytest.raises(EnvironmentalError, match=kind) as caught:
+        refuse_network_filesystem(Path("/data/.mp/catalog"), f"x /data {kind} rw 0 0\n/dev/sda1 / ext4 rw 0 0\n")
+    assert "/data/.mp/catalog" in caught.value.message
+    assert "mp init --catalog" in (caught.value.hint or "")
+
+
+@pytest.mark.parametrize("kind", ["ext4", "xfs", "btrfs", "tmpfs", "overlay", "zfs", "nfsd"])
+def test_local_ones_are_not(kind: str) -> None:
+    refuse_network_filesystem(Path("/data"), f"x /data {kind} rw 0 0\n")
+
+
+def test_a_link_onto_a_network_filesystem_is_seen(tmp_path: Path) -> None:
+    (tmp_path / "real").mkdir()
+    (tmp_path / "link").symlink_to("real")
+    mounts = f"/dev/sda1 / ext4 rw 0 0\nserver:/x {tmp_path}/real nfs rw 0 0\n"
+    assert filesystem_type(tmp_path / "link" / "catalog", mounts) == "nfs"
+
+
+def test_this_machine_has_a_filesystem(tmp_path: Path) -> None:
+    assert filesystem_type(tmp_path)
+    refuse_network_filesystem(tmp_path)
+
+
+def test_flushing(tmp_path: Path) -> None:
+    (tmp_path / "a").write_bytes(b"x")
+    flush_files([str(tmp_path / "a")])
+    flush_directory(tmp_path)
+    assert flush_filesystem(tmp_path) is hasattr(filesystem._libc(), "syncfs")
+    with pytest.raises(FileNotFoundError):
+        flush_filesystem(tmp_path / "missing")
+
+
+def test_small_files_are_replaced_whole(tmp_path: Path) -> None:
+    path = tmp_path / "f"
+    for content in (b"first", b"second, longer", b""):
+        write_durably(path, content)
+        assert path.read_bytes() == content
+    assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize(
+    ("code", "said"),
+    [
+        (errno.ENOSPC, "the disk is full while writing x"),
+        (errno.EDQUOT, "the disk is full while writing x"),
+        (errno.EACCES, "no permission while writing x (/a/b)"),
+        (errno.EROFS, "no permission while writing x (/a/b)"),
+        (errno.EIO, "the system refused while writing x: "),
+    ],
+)
+def test_the_systems_errors_say_what_to_do(code: int, said: str) -> None:
+    error = explain_os_error(OSError(code, os.strerror(code), "/a/b"), "writing x")
+    assert isinstance(error, EnvironmentalError)
+    assert error.exit_code == 8
+    assert error.message.startswith(said)
+    assert error.hint or code == errno.EIO

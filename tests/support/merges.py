@@ -1,0 +1,109 @@
+"""Merges in tests: models from arrays, plans in one line, and results as float32."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+from numpy.typing import NDArray
+
+from mergepipe.merge import Expert, MergeResult, Plan, execute, parse_budget, plan_merge
+from mergepipe.merge.facts import TensorFacts, gather
+from mergepipe.merge.methods import find_method
+from mergepipe.store import Digest, Store
+from mergepipe.store.frame import Kind
+from support.checkpoints import raw, write_checkpoint
+from support.family import Weights
+from support.stores import object_path, objects_of
+
+Floats = NDArray[np.float32]
+Weighted = Mapping[str, float | Mapping[str, float]]
+NUMPY = {
+    "BF16": np.dtype(ml_dtypes.bfloat16),
+    "F16": np.dtype(np.float16),
+    "F32": np.dtype(np.float32),
+    "F64": np.dtype(np.float64),
+}
+METHODS = ("linear", "task_arithmetic", "ties")
+
+
+def ingest_model(store: Store, folder: Path, name: str, weights: Weights, *, base: str | None = None) -> Digest:
+    """Write one model below ``folder`` and ingest it as ``name``; returns its commit."""
+    path = folder / name
+    if not path.exists():
+        write_checkpoint(path, {tensor: raw(array) for tensor, array in weights.items()})
+    return store.ingest([path], ref=name, base=base)[0].commit
+
+
+def ingest_family(
+    store: Store, folder: Path, base: Weights, experts: Mapping[str, Weights], *, against: str | None = "base"
+) -> None:
+    """A model ``base``, and its experts stored against ``against``."""
+    ingest_model(store, folder, "base", base)
+    for name, weights in experts.items():
+        ingest_model(store, folder, name, weights, base=against)
+
+
+def make_plan(
+    store: Store,
+    method: str,
+    experts: Weighted,
+    *,
+    base: str = "base",
+    budget: str | None = None,
+    max_error: float | None = None,
+    dtype: str | None = None,
+    **parameters: float | bool,
+) -> Plan:
+    """A plan; experts as ``{"math": 0.6}`` or ``{"math": {"weight": 0.6, "density": 0.2}}``."""
+    named = [
+        Expert(name, {"weight": settings} if isinstance(settings, int | float) else settings)
+        for name, settings in experts.items()
+    ]
+    return plan_merge(
+        store, base, named, method, parameters=parameters, budget=parse_budget(budget, max_error), dtype=dtype
+    )
+
+
+def merge(store: Store, method: str, experts: Weighted, ref: str = "merged", **options: Any) -> MergeResult:
+    """Plan and execute at once, every block computed; ``options`` are those of :func:`make_plan`."""
+    return execute(store, make_plan(store, method, experts, **options), ref, use_cache=False)
+
+
+def facts_of_refs(store: Store, method: str, experts: list[str], base: str = "base") -> list[TensorFacts]:
+    """What the planner knows of models whose statistics are all there."""
+    snapshots = [store.snapshot(name) for name in experts]
+    facts, missing = gather(store, store.snapshot(base), snapshots, experts, find_method(method))
+    assert not missing
+    return facts
+
+
+def weights_of(store: Store, ref: str) -> Weights:
+    """All tensors of a commit as NumPy has them."""
+    snapshot = store.snapshot(ref)
+    return {
+        name: snapshot.read_tensor(name).view(NUMPY[entry.dtype]).reshape(entry.shape)
+        if entry.dtype in NUMPY
+        else snapshot.read_tensor(name)
+        for name, entry in snapshot.tensors.items()
+    }
+
+
+def bits(array: NDArray[Any]) -> bytes:
+    return np.ascontiguousarray(array).tobytes()
+
+
+def blocks_of(store: Store, ref: str) -> dict[str, tuple[Digest, ...]]:
+    """The block ids of every tensor of a commit."""
+    return {name: entry.blocks for name, entry in store.snapshot(ref).tensors.items()}
+
+
+def without_weights(store: Store, keep: Callable[[Digest], bool] = lambda digest: False) -> int:
+    """Delete every block's file but those to ``keep``, so that reading one fails; returns how many went."""
+    gone = [digest for digest in objects_of(store, Kind.BLOCK) if not keep(digest)]
+    for digest in gone:
+        object_path(store, digest).unlink()
+    return len(gone)

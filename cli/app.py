@@ -21,13 +21,14 @@ for _variable in ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS", 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command line; returns the exit code."""
-    from mergepipe.cli.failures import report
-
     words = list(sys.argv[1:] if arguments is None else arguments)
     _listen_for_signals()
+    _open_closed_streams()
     try:
         return _run(words or ["--help"])
     except BaseException as error:
+        from mergepipe.cli.failures import report
+
         return report(error, as_json="--json" in words)
 
 
@@ -48,6 +49,13 @@ def _run(words: list[str]) -> int:
         sys.stdout.flush()
         return stop.exit_code
     return 0
+
+
+def _open_closed_streams() -> None:
+    """Whoever started us may have closed stdout or stderr (``mp ls >&-``); Python then has None there."""
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: PTH123, SIM115  # stays open as long as the process
 
 
 class _Interrupt:

@@ -9,6 +9,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Final
 
+from mergepipe.store.sizes import format_size
+
 if TYPE_CHECKING:
     from mergepipe.store.parallel import Progress
 
@@ -25,13 +27,13 @@ def progress_bar(*, quiet: bool = False) -> Iterator[Progress | None]:
         yield None
         return
     from rich.console import Console
-    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 
     with Progress(
         TextColumn("{task.description}"),
         BarColumn(),
         DownloadColumn(binary_units=True),
-        TransferSpeedColumn(),
+        TextColumn("{task.fields[rate]}"),
         TimeRemainingColumn(),
         console=Console(stderr=True),
         transient=True,
@@ -46,6 +48,7 @@ class _Throttle:
         self._bars = bars
         self._lock = threading.Lock()
         self._tasks: dict[str, Any] = {}
+        self._began: dict[str, float] = {}
         self._next = 0.0
 
     def __call__(self, stage: str, done: int, total: int) -> None:
@@ -55,6 +58,8 @@ class _Throttle:
                 return
             self._next = now + _INTERVAL_SECONDS
             if stage not in self._tasks:
-                self._tasks[stage] = self._bars.add_task(stage, total=total)
-            task = self._tasks[stage]
-        self._bars.update(task, completed=done, total=total)
+                self._tasks[stage] = self._bars.add_task(stage, total=total, rate="")
+                self._began[stage] = now
+            task, elapsed = self._tasks[stage], now - self._began[stage]
+        rate = f"{format_size(round(done / elapsed))}/s" if elapsed > _INTERVAL_SECONDS else ""
+        self._bars.update(task, completed=done, total=total, rate=rate)

@@ -22,7 +22,8 @@ This page is generated from the help texts: `make docs` writes it. `mp --help` a
 
 - **The store** is found upwards from the working directory (`.mp/`), or named by `--store DIR` or `MP_STORE`.
 - **`--json`** prints one JSON value on stdout and nothing else there; notes and progress go to stderr. A command that
-  fails prints one JSON object on stderr instead: `{"error": KIND, "message": TEXT, "hint": TEXT or null}`.
+  fails prints one JSON object instead, as the last line of stderr:
+  `{"error": KIND, "message": TEXT, "hint": TEXT or null}`.
 - **A commit** is named by a ref (`experts/math`), the first digits of its id (four or more), or either with steps
   behind it: `math~2` is two commits back, `math^2` the second parent, `math@{1}` where the ref was one move ago.
 - **Sizes** are read as `500MB` or `2GiB`, and printed in binary units.

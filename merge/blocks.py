@@ -31,7 +31,10 @@ from mergepipe.store.store import Store
 
 @dataclass
 class Run:
-    """The state of one execution, shared by its threads. ``results`` maps new recipes to their blocks."""
+    """The state of one execution, shared by its threads. ``results`` maps new recipes to their blocks.
+
+    ``deltas``: statistics rows of the new blocks, so that a result can be compared, and merged again, unread.
+    """
 
     store: Store
     plan: Plan
@@ -39,6 +42,7 @@ class Run:
     staging: Staging
     use_cache: bool
     results: dict[bytes, Digest] = field(default_factory=dict)
+    deltas: dict[bytes, bytes] = field(default_factory=dict)
     relied_on: set[Digest] = field(default_factory=set)
     computed: int = 0
     cached: int = 0

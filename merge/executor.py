@@ -8,6 +8,7 @@ from __future__ import annotations
 import resource
 import sys
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from mergepipe.merge.blocks import Run, compute
@@ -17,7 +18,7 @@ from mergepipe.store.commits import Commit, Parent, default_author, timestamp_no
 from mergepipe.store.digest import Digest
 from mergepipe.store.errors import BudgetError, ConflictError
 from mergepipe.store.frame import Kind
-from mergepipe.store.manifest import build_tree
+from mergepipe.store.manifest import TensorEntry, build_tree
 from mergepipe.store.objects import ObjectReader, Role
 from mergepipe.store.parallel import Progress, default_workers
 from mergepipe.store.publish import Changes, RefUpdate, publish
@@ -66,70 +67,83 @@ def execute(
         ConflictError: the ref is a tag, or moved meanwhile.
     """
     started = time.monotonic()
-    check_ref_name(ref)
+    before = _ref_before(store, ref)
     base, experts = check_plan(store, plan)
-    with store.catalog.reading() as view:
-        before = find_ref(view, ref)
-    if before is not None and before.kind == "tag":
-        raise ConflictError(f"{ref!r} is a tag, and tags do not move", hint="Choose another name with --as.")
-    reader = ObjectReader(store.layout)
     with Staging(store.layout, store.catalog) as staging:
-        run = Run(store, plan, reader, staging, use_cache)
+        run = Run(store, plan, ObjectReader(store.layout), staging, use_cache)
         tensors = compute(run, base, experts, workers or default_workers(), progress)
-        expert_bytes = reader.counters.stored[Role.EXPERT]
-        if plan.budget_bytes is not None and expert_bytes > plan.budget_bytes:
-            raise BudgetError(
-                f"{expert_bytes} expert bytes were read, and the budget is {plan.budget_bytes}: nothing was published",
-                hint="Make the plan again. If it happens again, it is a bug: please report it.",
-            )
+        _hold_to_budget(run)
         shards = base.shards if plan.dtype is None else ()
         tree = build_tree(tensors, base.files, shards, lambda data: staging.add_record(Kind.NODE, data))
         plan_id = staging.add_record(Kind.PLAN, plan.encode())
-        referenced = sum(len(entry.blocks) for entry in tensors.values()) - run.computed - run.cached
-        measured: dict[str, int | float] = {
-            "expert_bytes_read": expert_bytes,
-            "base_bytes_read": reader.counters.stored[Role.BASE],
-            "written_bytes": staging.written_bytes,
-            "computed_blocks": run.computed,
-            "cached_blocks": run.cached,
-            "referenced_blocks": referenced,
-            "elapsed_seconds": round(time.monotonic() - started, 3),
-        }
-        changes = Changes(results=run.results, relied_on=tuple(run.relied_on))
-        commit_id, unchanged = _commit(run, tree, plan_id, ref, before.commit if before else None, message, author,
-                                       measured, changes)  # fmt: skip
+        changes = Changes(results=run.results, deltas=run.deltas, relied_on=tuple(run.relied_on))
+        commit_id, unchanged = before, True
+        if before is None or not _is_result(store, before, tree, plan_id):
+            measured = {**_measured(run, tensors), "elapsed_seconds": round(time.monotonic() - started, 3)}
+            commit = _commit(plan, tree, plan_id, before, ref, message, author, measured)
+            commit_id, unchanged = staging.add_record(Kind.COMMIT, commit.encode()), False
+            changes.commits.append(commit)
+            changes.refs.append(RefUpdate(ref, before, commit_id, "branch", "merge", commit.author))
         publish(store.catalog, staging, changes)
+        assert commit_id is not None
         return MergeResult(
             ref=ref,
             commit=commit_id,
             plan=plan_id,
             budget_bytes=plan.budget_bytes,
-            expert_bytes_read=expert_bytes,
-            base_bytes_read=reader.counters.stored[Role.BASE],
-            written_bytes=staging.written_bytes,
-            computed_blocks=run.computed,
-            cached_blocks=run.cached,
-            referenced_blocks=referenced,
+            **_measured(run, tensors),
             elapsed_seconds=round(time.monotonic() - started, 3),
             peak_memory_bytes=peak_memory_bytes(),
             unchanged=unchanged,
         )
 
 
+def _ref_before(store: Store, ref: str) -> Digest | None:
+    """Where the ref points now; raises ConflictError for a tag."""
+    check_ref_name(ref)
+    with store.catalog.reading() as view:
+        found = find_ref(view, ref)
+    if found is not None and found.kind == "tag":
+        raise ConflictError(f"{ref!r} is a tag, and tags do not move", hint="Choose another name with --as.")
+    return found.commit if found is not None else None
+
+
+def _hold_to_budget(run: Run) -> None:
+    """Raises BudgetError where more was read than the plan's budget allows."""
+    budget, read = run.plan.budget_bytes, run.reader.counters.stored[Role.EXPERT]
+    if budget is not None and read > budget:
+        raise BudgetError(
+            f"{read} expert bytes were read, and the budget is {budget}: nothing was published",
+            hint="Make the plan again. If it happens again, it is a bug: please report it.",
+        )
+
+
+def _measured(run: Run, tensors: Mapping[str, TensorEntry]) -> dict[str, int]:
+    """The run's counters, as they are now."""
+    return {
+        "expert_bytes_read": run.reader.counters.stored[Role.EXPERT],
+        "base_bytes_read": run.reader.counters.stored[Role.BASE],
+        "written_bytes": run.staging.written_bytes,
+        "computed_blocks": run.computed,
+        "cached_blocks": run.cached,
+        "referenced_blocks": sum(len(entry.blocks) for entry in tensors.values()) - run.computed - run.cached,
+    }
+
+
+def _is_result(store: Store, commit: Digest, tree: Digest, plan: Digest) -> bool:
+    """Whether a commit is this very result of this very plan already."""
+    found = store.commit(commit)
+    return found.tree == tree and found.plan == plan
+
+
 def _commit(
-    run: Run, tree: Digest, plan_id: Digest, ref: str, before: Digest | None, message: str, author: str,
-    measured: dict[str, int | float], changes: Changes,
-) -> tuple[Digest, bool]:  # fmt: skip
-    """Stage the commit, unless the ref has this very result of this very plan already."""
-    if before is not None:
-        previous = run.store.commit(before)
-        if previous.tree == tree and previous.plan == plan_id:
-            return before, True
-    plan = run.plan
+    plan: Plan, tree: Digest, plan_id: Digest, before: Digest | None, ref: str, message: str, author: str,
+    measured: dict[str, int | float],
+) -> Commit:  # fmt: skip
     parents = [Parent(before, "previous", ref)] if before is not None else []
     parents.append(Parent(plan.base.commit, "base", plan.base.name))
     parents += [Parent(expert.commit, "expert", expert.name) for expert in plan.experts]
-    commit = Commit(
+    return Commit(
         tree=tree,
         parents=tuple(parents),
         kind="merge",
@@ -140,10 +154,6 @@ def _commit(
         plan=plan_id,
         measured=measured,
     )
-    commit_id = run.staging.add_record(Kind.COMMIT, commit.encode())
-    changes.commits.append(commit)
-    changes.refs.append(RefUpdate(ref, before, commit_id, "branch", "merge", commit.author))
-    return commit_id, False
 
 
 def describe(plan: Plan) -> str:

@@ -55,9 +55,11 @@ def weighted_sum(experts: NDArray[np.float32], weights: Tile, divisor: np.float3
 
 
 @compiled
-def add_weighted(base: Tile, deltas: NDArray[np.float32], weights: Tile, scale: np.float32, out: Tile) -> None:
-    """``out = base + scale * sum_k weights[k] * deltas[k]``."""
-    weighted_sum(deltas, weights, np.float32(1), out)
+def add_weighted(
+    base: Tile, deltas: NDArray[np.float32], weights: Tile, scale: np.float32, divisor: np.float32, out: Tile
+) -> None:
+    """``out = base + scale * (sum_k weights[k] * deltas[k] / divisor)``."""
+    weighted_sum(deltas, weights, divisor, out)
     for i in range(out.size):
         out[i] = base[i] + scale * out[i]
 

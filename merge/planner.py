@@ -116,13 +116,9 @@ def coefficients_of(
             raise UsageError(
                 "the weights sum to zero and are to be normalized", hint="Change a weight, or set normalize=false."
             )
-        if method.takes == "weights":
-            divisor = total
-        else:
-            with np.errstate(over="ignore"):
-                scale = np.float32(scale / total)
-    if not np.isfinite(scale) or not np.isfinite(divisor):
-        raise UsageError("the weights and lambda are too large together", hint="Results are computed in float32.")
+        if not np.isfinite(total):
+            raise UsageError("the weights are too large together", hint="Results are computed in float32.")
+        divisor = total
     return Coefficients(weights, np.array(thresholds, np.uint32), scale, divisor, normalize)
 
 

@@ -19,7 +19,7 @@ from mergepipe.store.dtypes import DType
 from mergepipe.store.frame import Kind
 from mergepipe.store.objects import ObjectReader, Role
 from mergepipe.store.staging import Staging
-from mergepipe.store.statistics import to_float32
+from mergepipe.store.statistics import DeltaStatistics, block_statistics, to_float32
 
 _CACHE_BYTES: Final = 512 << 10  # the float32 tiles of all experts together stay in a core's second-level cache
 _LEAST_ELEMENTS: Final = 8 << 10
@@ -43,8 +43,10 @@ class PlaceWork:
         return self.size_bytes * 8 // self.base_type.bits
 
 
-def merge_place(catalog: Catalog, reader: ObjectReader, staging: Staging, place: PlaceWork) -> Digest:
-    """Compute one block and stage it; returns its id.
+def merge_place(
+    catalog: Catalog, reader: ObjectReader, staging: Staging, place: PlaceWork
+) -> tuple[Digest, DeltaStatistics]:
+    """Compute one block and stage it; returns its id, and the statistics of its difference to the base's block.
 
     Raises:
         DamagedError: an input is not what it was.
@@ -58,7 +60,7 @@ def merge_place(catalog: Catalog, reader: ObjectReader, staging: Staging, place:
     if staging.claim(digest):
         against = base.root if place.out_type is place.base_type else None
         staging.add_block(Kind.BLOCK, digest, out, place.out_type.plane_bytes, against)
-    return digest
+    return digest, block_statistics(out, base.own, place.out_type, place.base_type, None)
 
 
 def _read_experts(reader: ObjectReader, place: PlaceWork, base: BaseBlock) -> list[Bytes]:

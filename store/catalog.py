@@ -90,8 +90,6 @@ class Catalog:
                 create=not self.read_only,
                 lib_version=_ENGINE,
             )
-            if not self.read_only:
-                pass  # self._env.reader_check()  # the table's places of processes that died are free again
             self._databases: Databases = {name: self._open_database(name) for name in DATABASES}
         except lmdb.Error as error:
             raise _explain(error, path) from error
@@ -134,6 +132,9 @@ class Catalog:
             return self._env.begin(write=write)
         except lmdb.MapResizedError:  # another process grew the map
             self._env.set_mapsize(0)
+            return self._env.begin(write=write)
+        except lmdb.ReadersFullError:  # processes that died in a transaction still have their places
+            self._env.reader_check()
             return self._env.begin(write=write)
 
     def _same_process(self) -> None:

@@ -20,8 +20,8 @@ def apply(
     coefficients: Coefficients,
     out: NDArray[np.float32],
 ) -> None:
-    """``base + lambda * sum_k w_k * delta_k``, over ``sum_k w_k`` where normalized (in ``scale``)."""
-    kernels.add_weighted(base, experts, coefficients.weights, coefficients.scale, out)
+    """``base + lambda * sum_k w_k * delta_k``, the sum over ``sum_k w_k`` where normalized."""
+    kernels.add_weighted(base, experts, coefficients.weights, coefficients.scale, coefficients.divisor, out)
 
 
 TASK_ARITHMETIC: Final = Method(

@@ -322,6 +322,16 @@ def test_nobody_reads() -> None:
     assert (done.returncode, done.stderr) == (141, "")
 
 
+@pytest.mark.usefixtures("filled")
+def test_closed_and_full_outputs() -> None:
+    script = f"{Path(sys.executable).with_name('mp')} ls"
+    assert subprocess.run(f"{script} >&-", shell=True, capture_output=True, check=False).returncode == 0
+    full = subprocess.run(f"{script} > /dev/full", shell=True, capture_output=True, text=True, check=False)
+    assert full.returncode == 8
+    assert "the disk is full" in full.stderr
+    assert "Traceback" not in full.stderr
+
+
 def test_names_cannot_move_the_cursor(call, here: Path) -> None:
     write_safetensors(here / "odd.safetensors", {"a\033[2Jb": random_tensor("U8", (3,))})
     call("ingest", "odd.safetensors")

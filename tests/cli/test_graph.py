@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from hypothesis import given
+from hypothesis import strategies as st
+
 from mergepipe.cli.graph import Lanes
 from mergepipe.store.digest import Digest, hash_bytes
 
@@ -65,3 +68,20 @@ def test_unrelated_histories() -> None:
 
 def test_a_lane_that_leaves_to_the_right() -> None:
     assert draw({"p": "a", "q": "b", "a": "b", "b": ""}) == ["*  p", "| *  q", "* |  a", "'-+", "  *  b"]
+
+
+@given(st.lists(st.sets(st.integers(1, 6), max_size=4), min_size=1, max_size=30))
+def test_any_history_can_be_drawn(steps: list[set[int]]) -> None:
+    """Commit i has the parents i + step; commits beyond the end are roots that are never drawn."""
+    lanes = Lanes()
+    expected: set[int] = set()
+    for number, distances in enumerate(steps):
+        parents = [number + distance for distance in sorted(distances)]
+        own, links, below = lanes.place(ident(str(number)), [ident(str(parent)) for parent in parents])
+        expected = (expected - {number}) | set(parents)
+        assert own.count("*") == 1
+        assert below.count("|") == len(expected)
+        if links:
+            starts_here = own.index("*")
+            assert links[starts_here] in "+'"
+            assert links.count("+") + links.count(".") + links.count("'") >= 2

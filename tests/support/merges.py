@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Container, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -101,9 +101,9 @@ def blocks_of(store: Store, ref: str) -> dict[str, tuple[Digest, ...]]:
     return {name: entry.blocks for name, entry in store.snapshot(ref).tensors.items()}
 
 
-def without_weights(store: Store, keep: Callable[[Digest], bool] = lambda digest: False) -> int:
+def without_weights(store: Store, keep: Container[Digest] = ()) -> int:
     """Delete every block's file but those to ``keep``, so that reading one fails; returns how many went."""
-    gone = [digest for digest in objects_of(store, Kind.BLOCK) if not keep(digest)]
+    gone = [digest for digest in objects_of(store, Kind.BLOCK) if digest not in keep]
     for digest in gone:
         object_path(store, digest).unlink()
     return len(gone)

@@ -157,10 +157,12 @@ def _compute_place(run: Run, method: Method, place: _Place) -> Digest:
         out_type=tensor.out_type,
         size_bytes=tensor.base.block_span(place.index)[1],
     )
-    digest = merge_place(run.store.catalog, run.reader, run.staging, work)
+    digest, statistics = merge_place(run.store.catalog, run.reader, run.staging, work)
     with run.lock:
         run.relied_on.add(digest)  # it may have been in the store before
         run.computed += 1
+        if digest != work.base:
+            run.deltas[work.base + digest] = statistics.pack()
         run.results[place.recipe] = digest
     return digest
 

@@ -30,21 +30,28 @@ NUMPY = {
 METHODS = ("linear", "task_arithmetic", "ties")
 
 
+def write_weights(folder: Path, name: str, weights: Weights) -> Path:
+    return write_checkpoint(folder / name, {tensor: raw(array) for tensor, array in weights.items()})
+
+
 def ingest_model(store: Store, folder: Path, name: str, weights: Weights, *, base: str | None = None) -> Digest:
     """Write one model below ``folder`` and ingest it as ``name``; returns its commit."""
-    path = folder / name
-    if not path.exists():
-        write_checkpoint(path, {tensor: raw(array) for tensor, array in weights.items()})
-    return store.ingest([path], ref=name, base=base)[0].commit
+    return store.ingest([write_weights(folder, name, weights)], ref=name, base=base)[0].commit
 
 
 def ingest_family(
-    store: Store, folder: Path, base: Weights, experts: Mapping[str, Weights], *, against: str | None = "base"
+    store: Store,
+    folder: Path,
+    base: Weights,
+    experts: Mapping[str, Weights],
+    *,
+    base_name: str = "base",
+    against_base: bool = True,
 ) -> None:
-    """A model ``base``, and its experts stored against ``against``."""
-    ingest_model(store, folder, "base", base)
-    for name, weights in experts.items():
-        ingest_model(store, folder, name, weights, base=against)
+    """A base, and its experts stored against it or by themselves."""
+    ingest_model(store, folder, base_name, base)
+    paths = [write_weights(folder, name, weights) for name, weights in experts.items()]
+    store.ingest(paths, base=base_name if against_base else None)
 
 
 def make_plan(

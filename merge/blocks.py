@@ -23,7 +23,7 @@ from mergepipe.store.digest import Digest, hash_record
 from mergepipe.store.dtypes import DTYPES, DType
 from mergepipe.store.manifest import TensorEntry
 from mergepipe.store.objects import ObjectReader
-from mergepipe.store.parallel import Progress, run_bounded
+from mergepipe.store.parallel import Progress, counter, run_bounded
 from mergepipe.store.snapshot import Snapshot
 from mergepipe.store.staging import Staging, is_stored
 from mergepipe.store.store import Store
@@ -82,16 +82,11 @@ def compute(
         name: _tensor(run.plan, method, planned, base.tensors[name], [expert.tensors[name] for expert in experts])
         for name, planned in run.plan.tensors.items()
     }
-    total = sum(tensor.base.nbytes for tensor in tensors.values())
-    done = 0
+    advance = counter(progress, "merge", sum(tensor.base.nbytes for tensor in tensors.values()))
 
     def finished(tensor: _Tensor, index: int, digest: Digest) -> None:
-        nonlocal done
-        with run.lock:
-            tensor.blocks[index] = digest
-            done += tensor.base.block_span(index)[1]
-            if progress is not None:
-                progress("merge", done, total)
+        tensor.blocks[index] = digest
+        advance(tensor.base.block_span(index)[1])
 
     def places() -> Iterator[_Place]:
         for tensor in tensors.values():

@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from mergepipe.store.codecs import scratch
 from mergepipe.store.kernels import HISTOGRAM_BINS
 from mergepipe.store.manifest import TensorEntry
-from mergepipe.store.parallel import Progress, default_workers, run_bounded
+from mergepipe.store.parallel import Progress, counter, default_workers, run_bounded
 from mergepipe.store.publish import Changes, publish
 from mergepipe.store.statistics import block_statistics, pack_histogram
 
@@ -24,13 +24,12 @@ if TYPE_CHECKING:
 
 @dataclass
 class _Pair:
-    """One pair of tensors with one grid, and what was measured of it so far."""
+    """One pair of tensors with one grid, and what was measured of it so far; the histogram only while it is filled."""
 
     base: TensorEntry
     other: TensorEntry
-    rows: dict[bytes, bytes] = field(default_factory=dict)
-    histogram: NDArray[np.int64] = field(default_factory=lambda: np.zeros(HISTOGRAM_BINS, np.int64))
-    lock: threading.Lock = field(default_factory=threading.Lock)
+    left: int
+    histogram: NDArray[np.int64] | None = None
 
 
 def analyze(store: Store, pairs: Sequence[tuple[TensorEntry, TensorEntry]], progress: Progress | None = None) -> int:
@@ -38,45 +37,44 @@ def analyze(store: Store, pairs: Sequence[tuple[TensorEntry, TensorEntry]], prog
 
     The statistics are published even where the caller then fails: they are true whatever comes of it.
     """
-    work = [_Pair(base, other) for base, other in pairs]
-    places = [(pair, index) for pair in work for index in range(len(pair.base.blocks))]
+    work = [_Pair(base, other, len(base.blocks)) for base, other in pairs if base.blocks]
     total = sum(pair.other.nbytes for pair in work)
-    done = 0
+    advance = counter(progress, "analyze", total)
+    changes = Changes()
     lock = threading.Lock()
 
     def one(place: tuple[_Pair, int]) -> None:
-        nonlocal done
-        size = _measure(store, *place)
+        pair, index = place
+        row, histogram = _measure(store, pair, index)
         with lock:
-            done += size
-            if progress is not None:
-                progress("analyze", done, total)
+            if row is not None:
+                changes.deltas[pair.base.blocks[index] + pair.other.blocks[index]] = row
+            pair.histogram = histogram.copy() if pair.histogram is None else pair.histogram + histogram
+            pair.left -= 1
+            if pair.left == 0:
+                changes.tensors[pair.base.id + pair.other.id] = pack_histogram(pair.histogram)
+                pair.histogram = None
+        advance(pair.other.block_span(index)[1])
 
+    places = ((pair, index) for pair in work for index in range(len(pair.base.blocks)))
     workers = default_workers()
     with ThreadPoolExecutor(workers, thread_name_prefix="analyze") as pool:
         run_bounded(pool, one, places, ahead=2 * workers)
-    changes = Changes()
-    for pair in work:
-        changes.deltas.update(pair.rows)
-        changes.tensors[pair.base.id + pair.other.id] = pack_histogram(pair.histogram)
     publish(store.catalog, None, changes)
     return total
 
 
-def _measure(store: Store, pair: _Pair, index: int) -> int:
+def _measure(store: Store, pair: _Pair, index: int) -> tuple[bytes | None, NDArray[np.int64]]:
+    """One block's statistics row (None where it is the base's own), and its histogram in this thread's scratch."""
     base_id, other_id = pair.base.blocks[index], pair.other.blocks[index]
     size, other_size = pair.base.block_span(index)[1], pair.other.block_span(index)[1]
-    if base_id == other_id:
-        with pair.lock:
-            pair.histogram[0] += size * 8 // pair.base.element_type.bits
-        return other_size
+    histogram = scratch.bytes("histogram", HISTOGRAM_BINS * 8).view(np.int64)
+    histogram.fill(0)
+    if base_id == other_id and pair.base.dtype == pair.other.dtype:
+        histogram[0] = size * 8 // pair.base.element_type.bits
+        return None, histogram
     base, other = scratch.bytes("base", size), scratch.bytes("incoming", other_size)
     store.reader.read_block(base_id, base)
     store.reader.read_block(other_id, other, base=(base_id, base))
-    histogram = scratch.bytes("histogram", HISTOGRAM_BINS * 8).view(np.int64)
-    histogram.fill(0)
     row = block_statistics(other, base, pair.other.element_type, pair.base.element_type, histogram)
-    with pair.lock:
-        pair.rows[base_id + other_id] = row.pack()
-        pair.histogram += histogram
-    return other_size
+    return row.pack(), histogram

@@ -18,7 +18,7 @@ from mergepipe.store.commits import decode_commit
 from mergepipe.store.digest import Digest
 from mergepipe.store.errors import BadInputError, DamagedError, MergePipeError
 from mergepipe.store.frame import Encoding, Kind
-from mergepipe.store.parallel import Progress, default_workers, run_bounded
+from mergepipe.store.parallel import Progress, counter, default_workers, run_bounded
 from mergepipe.store.refs import all_refs
 from mergepipe.store.snapshot import Snapshot
 from mergepipe.store.usage import object_ids, with_bases
@@ -72,7 +72,7 @@ def verify(
         _check_records(store, rows, findings)
     else:
         rows = _rows_of(store, store.snapshot(ref), findings)
-    total = sum(row.stored_bytes for row in rows.values())
+    advance = counter(progress, "verify", sum(row.stored_bytes for row in rows.values()))
 
     def one(item: tuple[Digest, ObjectRow]) -> None:
         digest, row = item
@@ -83,8 +83,7 @@ def verify(
                 findings.reasons[digest] = (row.kind.name.lower(), error.message)
         with findings.lock:
             findings.checked_bytes += row.stored_bytes
-            if progress is not None:
-                progress("verify", findings.checked_bytes, total)
+        advance(row.stored_bytes)
 
     workers = default_workers()
     with ThreadPoolExecutor(workers, thread_name_prefix="verify") as pool:

@@ -27,7 +27,7 @@ from mergepipe.store.errors import BadInputError, ConflictError, DamagedError
 from mergepipe.store.filesystem import explain_os_error, flush_directory, flush_filesystem, start_writeback
 from mergepipe.store.manifest import FileEntry, TensorEntry
 from mergepipe.store.objects import ObjectReader
-from mergepipe.store.parallel import Progress, default_workers, run_bounded
+from mergepipe.store.parallel import Progress, counter, default_workers, run_bounded
 from mergepipe.store.safetensors_file import SafetensorsHeader, build_header, parse_header
 from mergepipe.store.snapshot import Snapshot
 
@@ -99,7 +99,7 @@ def export_snapshot(
     try:
         partial.mkdir(parents=True)
         total = sum(len(shard.header.raw) + shard.header.data_bytes for shard in shards)
-        _write_shards(snapshot, partial, shards, workers or default_workers(), _counter(progress, total))
+        _write_shards(snapshot, partial, shards, workers or default_workers(), counter(progress, "export", total))
         written = total + _write_files(snapshot, partial, kept, extra_files or {})
         unaltered = bool(snapshot.shards) and max_shard_bytes is None and dtype is None
         written += 0 if unaltered else _write_index(snapshot, partial, shards)
@@ -333,17 +333,3 @@ def _flush_each(folder: Path) -> None:
         if path.is_file():
             with path.open("rb") as file:
                 os.fsync(file.fileno())
-
-
-def _counter(progress: Progress | None, total: int) -> Callable[[int], None]:
-    lock = threading.Lock()
-    done = 0
-
-    def advance(size: int) -> None:
-        nonlocal done
-        with lock:
-            done += size
-            if progress is not None:
-                progress("export", done, total)
-
-    return advance

@@ -23,7 +23,7 @@ from mergepipe.store.errors import BadInputError, ConflictError, UsageError
 from mergepipe.store.frame import Kind
 from mergepipe.store.ingest_blocks import BlockPipeline, TensorWork, plan_tensor
 from mergepipe.store.manifest import FileEntry, Shard, TensorEntry, build_tree
-from mergepipe.store.parallel import Progress, default_workers
+from mergepipe.store.parallel import Progress, counter, default_workers
 from mergepipe.store.publish import Changes, RefUpdate, publish
 from mergepipe.store.refs import check_ref_name, find_ref, ref_name_for
 from mergepipe.store.staging import Staging
@@ -174,14 +174,7 @@ def _read_everything(
     store: Store, staging: Staging, arrivals: list[_Arrival], workers: int | None, progress: Progress | None
 ) -> BlockPipeline:
     total = sum(work.source.dtype.nbytes(_count(work)) for a in arrivals for work in a.works)
-    done = 0
-
-    def advance(size: int) -> None:
-        nonlocal done
-        done += size
-        if progress is not None:
-            progress("ingest", done, total)
-
+    advance = counter(progress, "ingest", total)
     pipeline = BlockPipeline(store.catalog, store.reader, staging, workers or default_workers(), advance)
     groups: dict[str, list[TensorWork]] = {}
     for arrival in arrivals:

@@ -166,7 +166,13 @@ def build_tree(
 def walk_tensors(
     root: Node, read: Callable[[Digest], Node], path: tuple[str, ...] = ()
 ) -> Iterator[tuple[str, TensorEntry]]:
-    """All tensors below a node with their full names, in the tree's order (layers by number)."""
+    """All tensors below a node with their full names, in the tree's order (layers by number).
+
+    Raises:
+        BadInputError: the tree is deeper than :func:`build_tree` makes them.
+    """
+    if len(path) > MAXIMUM_DEPTH:
+        raise BadInputError(f"the manifest tree below {path[0]!r} is deeper than any that mp makes")
     for leaf, entry in root.tensors.items():
         yield join_name(path, leaf), entry
     for name in sorted(root.nodes, key=natural_key):

@@ -206,6 +206,8 @@ class ObjectReader:
         try:
             with open(self.layout.object_path(digest), "rb", buffering=0) as file:  # noqa: PTH123  # hot path
                 size = os.fstat(file.fileno()).st_size
+                if size > HEADER_BYTES + MAXIMUM_RECORD_BYTES:
+                    raise ValueError(f"the file has {size} bytes, more than an object can have")
                 buffer = self._buffer(slot, size)
                 if file.readinto(buffer) != size:
                     raise ValueError("the file ended early")

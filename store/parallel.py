@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from typing import TypeVar
@@ -15,6 +16,21 @@ Progress = Callable[[str, int, int], None]
 def default_workers() -> int:
     """Threads for bulk work: one for each processor, and one more to wait for the disk."""
     return len(os.sched_getaffinity(0)) + 1 if hasattr(os, "sched_getaffinity") else (os.cpu_count() or 1) + 1
+
+
+def counter(progress: Progress | None, stage: str, total: int) -> Callable[[int], None]:
+    """A function that any thread tells how many bytes more are done."""
+    lock = threading.Lock()
+    done = 0
+
+    def advance(size: int) -> None:
+        nonlocal done
+        with lock:
+            done += size
+            if progress is not None:
+                progress(stage, done, total)
+
+    return advance
 
 
 def run_bounded(

@@ -43,6 +43,8 @@ def check_ref_name(name: str) -> str:
     Raises:
         UsageError: it is empty, too long, or has characters that a ref may not have.
     """
+    if name == "auto":
+        raise UsageError("'auto' cannot be a ref's name: --base auto means something", hint="Choose another name.")
     if len(name) <= _MAXIMUM_NAME and _NAME.match(name) and ".." not in name and not name.endswith(".lock"):
         return name
     raise UsageError(

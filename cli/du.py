@@ -2,29 +2,45 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
-from typing import Final
+from dataclasses import asdict, replace
+from typing import Annotated, Final
 
-from mergepipe.cli.options import JsonOption, StoreOption, open_store
+import typer
+
+from mergepipe.cli.options import JsonOption, StoreOption, complete_ref, open_store
 from mergepipe.cli.tables import Cell, Row, plural, print_table
 from mergepipe.cli.terminal import say, say_json
+from mergepipe.store.refs import require_ref
 from mergepipe.store.sizes import format_size
 from mergepipe.store.usage import usage
 
 EXAMPLES: Final = """
 mp du
+mp du math code
 mp du --json
 """
 
 
-def command(store: StoreOption = None, json: JsonOption = False) -> None:
+def command(
+    refs: Annotated[
+        list[str] | None, typer.Argument(metavar="REF...", help="Show these refs alone.", autocompletion=complete_ref)
+    ] = None,
+    store: StoreOption = None,
+    json: JsonOption = False,
+) -> None:
     """Show what the store takes on disk, and which ref holds it.
 
     logical: the model as it came. stored: its objects as they lie on disk, with the base blocks that its
     differences need. alone: what no other ref needs as well, and so what `mp rm` could make free.
     """
     with open_store(store) as opened:
+        if refs:
+            with opened.catalog.reading() as view:
+                for name in refs:
+                    require_ref(view, name)
         found = usage(opened)
+        if refs:
+            found = replace(found, refs=tuple(ref for ref in found.refs if ref.ref in refs))
     if json:
         say_json(asdict(found))
         return
@@ -39,7 +55,9 @@ def command(store: StoreOption = None, json: JsonOption = False) -> None:
     ]
     if rows:
         print_table(["ref", "logical", "stored", "alone"], rows, right="logical stored alone")
-        say()
+    if refs:
+        return
+    say()
     ratio = f", {found.logical_bytes / found.stored_bytes:.1f} times less" if found.stored_bytes else ""
     say(f"logical       {format_size(found.logical_bytes)} in {plural(len(found.refs), 'ref')}")
     say(f"deduplicated  {format_size(found.unique_bytes)}")

@@ -96,7 +96,7 @@ def _suggest(store: Store, paths: Sequence[Path], ref: str | None) -> None:
         if found is not None:
             words = ["mp", "ingest", str(path), *(["--ref", ref] if ref else []), "--base", found.ref]
             note(f"{path} looks like a fine-tune of {found.ref}: {found.reason}.")
-            note(f"To store only the differences: {shlex.join(words)}")
+            note(f"To store only the differences, stop here (Ctrl-C) and run: {shlex.join(words)}")
 
 
 def _has_base(store: Store, ref: str) -> bool:
@@ -125,6 +125,8 @@ def _as_json(result: IngestResult) -> dict[str, object]:
 def _line(result: IngestResult) -> str:
     head = f"{paint(result.ref, 'green')}  {paint(result.commit.short, 'yellow')}"
     content = f"{format_size(result.raw_bytes)} in {plural(result.tensors, 'tensor')}"
+    if result.unchanged and result.written_bytes:
+        return f"{head}  {content}: as it was; {format_size(result.written_bytes)} that were damaged written anew"
     if result.unchanged:
         return f"{head}  {content}: as it was, nothing to write"
     blocks = plural(result.blocks, "block")

@@ -41,5 +41,6 @@ def command(
         return
     for ref in found:
         say(f"removed {ref.kind} {paint(ref.name, 'green')}, which was at {paint(ref.commit.short, 'yellow')}")
-    again = found[0]
-    say(f"Its commits and blocks stay. To have it back: mp {again.kind} {again.name} {again.commit.short}")
+    say("What they stood for stays in the store. To have it back:")
+    for ref in found:
+        say(f"  mp {ref.kind} {ref.name} {ref.commit.short}")

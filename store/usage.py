@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from mergepipe.store.digest import Digest
+from mergepipe.store.frame import Kind
 from mergepipe.store.refs import all_refs
 from mergepipe.store.snapshot import Snapshot
 
@@ -63,7 +64,7 @@ def usage(store: Store) -> Usage:
     with store.catalog.reading() as view:
         count = view.count("objects")
         total = sum(int.from_bytes(value[16:24], "little") for _, value in view.items("objects"))
-    unique = sum(rows.get(digest, (0, 0))[0] for digest in set().union(*held.values()))
+    unique = _data_bytes(store, set().union(*held.values()))
     return Usage(tuple(lines), count, sum(logical.values()), unique, total)
 
 
@@ -115,6 +116,13 @@ def logical_bytes(snapshot: Snapshot) -> int:
         + sum(entry.size for entry in snapshot.files.values())
         + sum(shard.header.size for shard in snapshot.shards)
     )
+
+
+def _data_bytes(store: Store, ids: Iterable[Digest]) -> int:
+    """Decoded bytes of the blocks and files among the ids; nodes, commits and plans do not count."""
+    with store.catalog.reading() as view:
+        rows = [view.object_row(digest) for digest in ids]
+    return sum(row.raw_bytes for row in rows if row is not None and row.kind in (Kind.BLOCK, Kind.FILE))
 
 
 def _stored_sizes(store: Store, ids: Iterable[Digest]) -> dict[Digest, tuple[int, int]]:

@@ -22,7 +22,7 @@ def test_the_base_is_suggested(call, family: Path) -> None:
     call("rm", "expert0")
     answer = call("ingest", family / "expert0", "--ref", "new-one")
     assert "looks like a fine-tune of base" in answer.err
-    command = answer.err.split("only the differences: ")[1].strip()
+    command = answer.err.split("and run: ")[1].strip()
     words = shlex.split(command)
     assert words[:2] == ["mp", "ingest"]
     line = call(*words[1:]).out

@@ -61,7 +61,7 @@ def test_ids_and_steps_name_commits(call, filled: Path) -> None:
 def test_rm_says_how_to_have_it_back(call, filled: Path) -> None:
     before = commit_of(filled, "expert0")
     answer = call("rm", "expert0")
-    assert "Its commits and blocks stay" in answer.out
+    assert "stays in the store" in answer.out
     again = answer.out.split("mp branch ")[1].split()
     call("log", "expert0", code=3)
     call("branch", *again)

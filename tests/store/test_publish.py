@@ -1,0 +1,370 @@
+"""Publishing: all or nothing, whoever else writes and whenever the process dies."""
+
+from __future__ import annotations
+
+import errno
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from mergepipe.store import Digest, Store
+from mergepipe.store import catalog as catalog_module
+from mergepipe.store import publish as publish_module
+from mergepipe.store.canonical import load_strict
+from mergepipe.store.commits import Commit
+from mergepipe.store.digest import hash_bytes
+from mergepipe.store.errors import ConflictError, EnvironmentalError
+from mergepipe.store.frame import Kind
+from mergepipe.store.publish import Changes, RefUpdate, publish
+from mergepipe.store.refs import find_ref
+from mergepipe.store.staging import Staging
+from support.family import write_family
+from support.processes import run_python, start_python
+from support.stores import assert_clean, catalog_rows, object_files, object_path, state_of, writers_left
+
+NOISE = np.random.default_rng(0).integers(0, 256, (8, 4096), np.uint8)
+
+
+def commit_of(message: str) -> Commit:
+    return Commit(Digest(b"\1" * 32), (), "ingest", message, "me", "2026-01-01T00:00:00.000000Z", "test")
+
+
+def stage(staging: Staging, count: int = 1) -> list[Digest]:
+    ids = []
+    for data in NOISE[:count]:
+        digest = hash_bytes(data.tobytes())
+        if staging.claim(digest):
+            staging.add_block(Kind.BLOCK, digest, data, 1)
+        ids.append(digest)
+    return ids
+
+
+def ref_of(store: Store, name: str) -> Digest | None:
+    with store.catalog.reading() as view:
+        ref = find_ref(view, name)
+    return ref.commit if ref else None
+
+
+def move(store: Store, name: str, expected: Digest | None, new: Digest | None) -> None:
+    publish(store.catalog, None, Changes(refs=[RefUpdate(name, expected, new, reason="test", author="me")]))
+
+
+class TestRefs:
+    def test_they_move_only_from_where_the_writer_saw_them(self, store: Store) -> None:
+        one, other, third = (commit_of(text) for text in "abc")
+        publish(store.catalog, None, Changes(commits=[one, other, third], refs=[RefUpdate("m", None, one.id)]))
+        move(store, "m", one.id, other.id)
+        with pytest.raises(ConflictError) as caught:
+            move(store, "m", one.id, third.id)
+        assert one.id.short in caught.value.message
+        assert other.id.short in caught.value.message
+        assert "'m'" in caught.value.message
+        assert caught.value.hint
+        assert ref_of(store, "m") == other.id
+        move(store, "m", other.id, None)
+
+    def test_a_ref_that_should_not_exist_and_does(self, store: Store) -> None:
+        one, other = commit_of("a"), commit_of("b")
+        publish(store.catalog, None, Changes(refs=[RefUpdate("m", None, one.id)]))
+        with pytest.raises(ConflictError, match=f"absent and is now {one.id.short}"):
+            move(store, "m", None, other.id)
+        move(store, "m", one.id, None)
+        with pytest.raises(ConflictError, match=f"was {one.id.short} and is now gone"):
+            move(store, "m", one.id, other.id)
+
+    def test_two_moves_happen_both_or_not_at_all(self, store: Store) -> None:
+        one = commit_of("a")
+        updates = [RefUpdate("new", None, one.id), RefUpdate("m", one.id, one.id)]
+        with pytest.raises(ConflictError):
+            publish(store.catalog, None, Changes(commits=[one], refs=updates))
+        assert not any(catalog_rows(store).values())
+
+    def test_every_move_is_logged(self, store: Store) -> None:
+        one, other = commit_of("a").id, commit_of("b").id
+        for expected, new in ((None, one), (one, other), (other, None), (None, one)):
+            move(store, "m", expected, new)
+        rows = catalog_rows(store, "reflog")["reflog"]
+        assert list(rows) == [b"m\0" + number.to_bytes(8, "big") for number in range(4)]
+        entries = [load_strict(row, "x") for row in rows.values()]
+        assert [(entry["old"], entry["new"]) for entry in entries] == [
+            (None, one.hex()), (one.hex(), other.hex()), (other.hex(), None), (None, one.hex()),
+        ]  # fmt: skip
+        assert all((entry["reason"], entry["author"]) == ("test", "me") for entry in entries)
+        move(store, "m", one, None)
+
+
+class TestObjects:
+    def test_nothing_is_visible_before(self, store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+        """A reader that looks at the last moment sees what was there before."""
+        seen: list[object] = []
+        original = publish_module._move_ref
+
+        def look(view: object, update: object) -> None:
+            with store.catalog.reading() as reader:
+                seen.append((reader.count("objects"), reader.count("refs"), reader.count("commits")))
+            original(view, update)  # type: ignore[arg-type]
+
+        monkeypatch.setattr(publish_module, "_move_ref", look)
+        with Staging(store.layout, store.catalog) as staging:
+            commit = commit_of("a")
+            publish_ids = stage(staging, 3)
+            publish(store.catalog, staging, Changes(commits=[commit], refs=[RefUpdate("m", None, commit.id)]))
+        assert seen == [(0, 0, 0)]
+        assert len(object_files(store)) == 3
+        assert set(catalog_rows(store)["objects"]) == set(publish_ids)
+        move(store, "m", commit.id, None)
+        store.catalog.write(lambda view: view.delete("commits", commit.id))
+
+    def test_a_conflict_moves_no_object(self, store: Store) -> None:
+        with Staging(store.layout, store.catalog) as staging:
+            stage(staging)
+            with pytest.raises(ConflictError):
+                publish(store.catalog, staging, Changes(refs=[RefUpdate("m", Digest(bytes(32)), None)]))
+        assert object_files(store) == {}
+        assert not any(catalog_rows(store).values())
+
+    def test_objects_are_read_only_files(self, store: Store) -> None:
+        with Staging(store.layout, store.catalog) as staging:
+            (digest,) = stage(staging)
+            publish(store.catalog, staging, Changes())
+        assert object_path(store, digest).stat().st_mode & 0o222 == 0
+
+    def test_what_another_writer_published_meanwhile_stays(self, store: Store) -> None:
+        with Staging(store.layout, store.catalog) as one, Staging(store.layout, store.catalog) as other:
+            (digest,) = stage(one)
+            stage(other)
+            publish(store.catalog, one, Changes())
+            first = object_path(store, digest).stat()
+            publish(store.catalog, other, Changes())
+            assert object_path(store, digest).stat().st_ino == first.st_ino
+
+    def test_a_file_without_a_row_is_replaced(self, store: Store) -> None:
+        digest = hash_bytes(NOISE[0].tobytes())
+        object_path(store, digest).write_bytes(b"left by a crash")
+        with Staging(store.layout, store.catalog) as staging:
+            stage(staging)
+            publish(store.catalog, staging, Changes())
+
+    def test_what_is_relied_on_must_be_there(self, store: Store) -> None:
+        gone = hash_bytes(b"gone")
+        with pytest.raises(ConflictError, match=gone.short):
+            publish(store.catalog, None, Changes(relied_on=[gone], results={b"r": gone}))
+        assert not any(catalog_rows(store).values())
+
+    def test_what_is_relied_on_is_renewed(self, store: Store) -> None:
+        with Staging(store.layout, store.catalog) as staging:
+            (digest,) = stage(staging)
+            publish(store.catalog, staging, Changes())
+
+        def touched() -> int:
+            with store.catalog.reading() as view:
+                row = view.object_row(digest)
+            assert row is not None
+            return row.touched
+
+        from dataclasses import replace
+
+        def age(view: object) -> None:
+            row = view.object_row(digest)  # type: ignore[attr-defined]
+            view.put("objects", digest, replace(row, touched=1000).pack())  # type: ignore[attr-defined]
+
+        store.catalog.write(age)
+        publish(store.catalog, None, Changes(relied_on=[digest]))
+        assert touched() > 1000
+
+    def test_a_map_that_grows_in_the_middle_changes_nothing(
+        self, make_store: Callable[..., Store], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    ) -> None:
+        monkeypatch.setattr(catalog_module, "_MAP_BYTES", 256 << 10)
+        store = make_store()
+        base, (expert, _) = write_family(tmp_path)
+        runs = []
+        original = publish_module._put_rows
+
+        def count(*arguments: object) -> None:
+            runs.append(1)
+            original(*arguments)  # type: ignore[arg-type]
+
+        monkeypatch.setattr(publish_module, "_put_rows", count)
+        changes = Changes(results={number.to_bytes(32, "big"): Digest(bytes(32)) for number in range(9000)})
+        with Staging(store.layout, store.catalog) as staging:
+            ids = stage(staging, 8)
+            publish(store.catalog, staging, changes)
+        assert len(runs) > 1, "the map was large enough, and the test proves nothing"
+        assert set(catalog_rows(store)["objects"]) == set(ids)
+        assert catalog_rows(store, "results")["results"] == changes.results
+        store.ingest([base])
+        store.ingest([expert], base="base")
+
+    def test_without_one_flush_for_all_each_file_is_flushed(
+        self, store: Store, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        flushed: list[str] = []
+        original = os.fsync
+
+        def note(descriptor: int) -> None:
+            flushed.append(os.readlink(f"/proc/self/fd/{descriptor}"))
+            original(descriptor)
+
+        monkeypatch.setattr(publish_module, "flush_filesystem", lambda _: False)
+        monkeypatch.setattr(os, "fsync", note)
+        with Staging(store.layout, store.catalog) as staging:
+            ids = stage(staging, 3)
+            publish(store.catalog, staging, Changes())
+            for digest in ids:
+                assert str(staging.file_of(digest)) in flushed
+                assert str(object_path(store, digest).parent) in flushed
+
+    @pytest.mark.parametrize("call", ["flush_filesystem", "replace"])
+    def test_an_error_of_the_system_changes_nothing(
+        self, store: Store, monkeypatch: pytest.MonkeyPatch, call: str
+    ) -> None:
+        def fail(*_: object) -> None:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+        commit = commit_of("a")
+        with Staging(store.layout, store.catalog) as staging:
+            stage(staging, 2)
+            with monkeypatch.context() as patched:
+                patched.setattr(publish_module if call == "flush_filesystem" else publish_module.os, call, fail)
+                with pytest.raises(EnvironmentalError):
+                    publish(store.catalog, staging, Changes(commits=[commit], refs=[RefUpdate("m", None, commit.id)]))
+            assert not any(catalog_rows(store).values())
+            publish(store.catalog, staging, Changes())
+
+
+# Where the process dies: what is called, and whether before ("<"), after (">") or which call of it.
+STEPS = {
+    "while staging": ("staging.Staging.add_block", "<", 5),
+    "before the flush": ("publish.flush_filesystem", "<", 1),
+    "after the flush": ("publish.flush_filesystem", ">", 1),
+    "before the first rename": ("publish.os.replace", "<", 1),
+    "after some renames": ("publish.os.replace", ">", 7),
+    "after all renames": ("publish.flush_filesystem", "<", 2),
+    "before the rows": ("publish._put_rows", "<", 1),
+    "before the ref": ("publish._move_ref", "<", 1),
+    "before the transaction ends": ("publish._move_ref", ">", 1),
+}
+CHILD = """
+    import importlib, os, sys
+    from mergepipe.store import Store
+    import mergepipe.store.ingest
+    root, path, name, side, number = sys.argv[1:]
+    module, _, attribute = name.partition(".")
+    owner = importlib.import_module("mergepipe.store." + module)
+    *owners, attribute = attribute.split(".")
+    for each in owners:
+        owner = getattr(owner, each)
+    original, calls = getattr(owner, attribute), 0
+    def dying(*arguments, **named):
+        global calls
+        calls += 1
+        if calls == int(number) and side == "<":
+            os._exit(77)
+        result = original(*arguments, **named)
+        if calls == int(number) and side == ">":
+            os._exit(77)
+        return result
+    setattr(owner, attribute, dying)
+    Store.open(root).ingest([path], base="base")
+"""
+
+
+class TestCrashes:
+    @pytest.mark.parametrize("step", list(STEPS))
+    def test_a_writer_that_dies_leaves_the_store_as_it_was(self, store: Store, tmp_path: Path, step: str) -> None:
+        base, (expert, _) = write_family(tmp_path)
+        store.ingest([base])
+        before = state_of(store)
+        run_python(CHILD, store.layout.root, expert, *STEPS[step], expect=77)
+        assert state_of(store) == before
+        assert_clean(store)
+        assert ref_of(store, "expert0") is None
+        (result,) = store.ingest([expert], base="base")
+        assert ref_of(store, "expert0") == result.commit
+        assert writers_left(store) == []
+        store.snapshot("expert0").export(tmp_path / "out")
+        for path in sorted(expert.iterdir()):
+            assert (tmp_path / "out" / path.name).read_bytes() == path.read_bytes()
+
+    def test_one_that_dies_after_it_has_published_lost_nothing(self, store: Store, tmp_path: Path) -> None:
+        base, (expert, _) = write_family(tmp_path)
+        store.ingest([base])
+        run_python(CHILD, store.layout.root, expert, "publish.Catalog.write", ">", 1, expect=77)
+        assert_clean(store)
+        assert ref_of(store, "expert0") is not None
+        (result,) = store.ingest([expert], base="base")
+        assert (result.unchanged, result.written_bytes) == (True, 0)
+
+    def test_a_reopened_store_sees_the_same(self, make_store: Callable[..., Store], tmp_path: Path) -> None:
+        base, _ = write_family(tmp_path, experts=0)
+        store = make_store(tmp_path / "s")
+        store.ingest([base])
+        before = state_of(store)
+        store.close()
+        with Store.open(tmp_path / "s") as again:
+            assert state_of(again) == before
+            store.catalog = again.catalog  # the fixture verifies it
+            again.catalog.write(lambda view: view.put("meta", b"k", b"v"))
+        store.__init__(store.layout)  # type: ignore[misc]
+
+
+class TestTwoProcesses:
+    def test_one_ref_has_one_winner_and_a_clear_loser(self, store: Store, tmp_path: Path) -> None:
+        """Both read the ref, then both move it."""
+        _, experts = write_family(tmp_path)
+        code = """
+            import sys
+            from pathlib import Path
+            from mergepipe.store import Store
+            from mergepipe.store.errors import ConflictError
+            from mergepipe.store.ingest import ingest
+            print("ready", flush=True)
+            waited = False
+            def wait(stage, done, total):
+                global waited
+                if not waited:
+                    waited = True
+                    print("reading", flush=True)
+                    sys.stdin.readline()
+            try:
+                with Store.open(sys.argv[1]) as store:
+                    store.ingest([sys.argv[2]], ref="m", progress=wait)
+            except ConflictError as error:
+                print(error)
+                sys.exit(error.exit_code)
+        """
+        children = [start_python(code, store.layout.root, path) for path in experts]
+        for child in children:
+            assert child.stdout is not None
+            assert child.stdout.readline() == "ready\n"
+            assert child.stdout.readline() == "reading\n"
+        outputs = [child.communicate("\n", timeout=120) for child in children]
+        assert [child.returncode for child in children].count(0) == 1, outputs
+        loser = next(index for index, child in enumerate(children) if child.returncode)
+        winner = ref_of(store, "m")
+        assert winner is not None
+        assert children[loser].returncode == 6
+        assert "'m' was absent" in outputs[loser][0]
+        assert winner.short in outputs[loser][0]
+        assert_clean(store)
+
+    def test_different_refs_do_not_disturb_each_other(self, store: Store, tmp_path: Path) -> None:
+        base, experts = write_family(tmp_path, experts=3)
+        code = """
+            import sys
+            from mergepipe.store import Store
+            with Store.open(sys.argv[1]) as store:
+                store.ingest([sys.argv[2]], base=None if sys.argv[2].endswith("base") else None)
+        """
+        children = [start_python(code, store.layout.root, path) for path in [base, *experts]]
+        for child in children:
+            _, errors = child.communicate(timeout=120)
+            assert child.returncode == 0, errors
+        for path in [base, *experts]:
+            store.snapshot(path.name).export(tmp_path / "out" / path.name)
+            original = (path / "model.safetensors").read_bytes()
+            assert (tmp_path / "out" / path.name / "model.safetensors").read_bytes() == original

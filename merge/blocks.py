@@ -105,7 +105,7 @@ def compute(
             run.reader.prefetch(digest)
 
     with ThreadPoolExecutor(workers, thread_name_prefix="merge") as pool:
-        run_bounded(pool, work, places(), ahead=4 * workers, prepare=prefetch)
+        run_bounded(pool, work, places(), ahead=2 * workers, prepare=prefetch)
     return {name: _entry(tensors[name]) if name in tensors else entry for name, entry in base.tensors.items()}
 
 

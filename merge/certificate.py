@@ -4,7 +4,8 @@ An unread block's delta counts as zero; a read block is processed exactly as in 
 of elements, so the squared distance of the whole model is the sum over places of the squared distance at each.
 
 *additive* methods (the result is linear in the deltas, with fixed coefficients c): at a place the distance is at most
-``sum over unread groups of |sum of their c| * norm``.
+``sum over unread groups of |sum of their c| * norm``. Where coefficients cancel, float32 sums leave a rest: a group's
+factor is at least ``2**-22`` of the sum of their magnitudes, so a bound of 0 means that nothing is missing.
 
 *consensus* (TIES): with all weights positive and normalization, each element of the mixed delta is a weighted mean of
 some of the trimmed deltas, so its magnitude is at most the largest of theirs. If nothing is read at a place the result
@@ -18,9 +19,12 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Final
 
 from mergepipe.merge.facts import Place, TensorFacts
 from mergepipe.merge.method import Coefficients, Method
+
+_REST: Final = 2.0**-22
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,8 +51,9 @@ def items_of(number: int, facts: TensorFacts, method: Method, coefficients: Coef
             found.append(Item(number, place.index, tuple(range(len(place.groups))), error, cost))
             continue
         for position, group in enumerate(place.groups):
-            weight = sum(float(coefficients.weights[expert]) for expert in group.experts)
-            factor = abs(weight * float(coefficients.scale) / float(coefficients.divisor))
+            weights = [float(coefficients.weights[expert]) for expert in group.experts]
+            weight = max(abs(math.fsum(weights)), _REST * math.fsum(abs(weight) for weight in weights))
+            factor = weight * abs(float(coefficients.scale) / float(coefficients.divisor))
             error = factor * group.norm if math.isfinite(group.norm) else math.inf  # zero times infinity is a NaN
             found.append(Item(number, place.index, (position,), error, group.stored_bytes))
     return found

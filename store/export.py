@@ -214,7 +214,7 @@ def _write_shards(
             snapshot.reader.prefetch(piece.digest)
 
         with ThreadPoolExecutor(workers, thread_name_prefix="export") as pool:
-            run_bounded(pool, work, pieces(), ahead=6 * workers, prepare=prefetch)
+            run_bounded(pool, work, pieces(), ahead=2 * workers, prepare=prefetch)
     finally:
         for descriptor in descriptors:
             os.close(descriptor)

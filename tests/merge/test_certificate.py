@@ -58,7 +58,8 @@ def test_additive_groups_count_by_the_sum_of_their_coefficients(
 
 
 def test_coefficients_of_a_shared_block_can_cancel() -> None:
-    assert [item.error for item in items_with("task_arithmetic", (1.0, -0.5, 0.5))] == [3.0, 0.0, 2.5]
+    """All but the rest that sums in float32 may leave: 0 is said of nothing that could show."""
+    assert [item.error for item in items_with("task_arithmetic", (1.0, -0.5, 0.5))] == [3.0, 4 * 2.0**-22, 2.5]
 
 
 def test_consensus_takes_places_whole() -> None:

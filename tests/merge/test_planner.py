@@ -15,35 +15,15 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as stn
 
 from mergepipe.merge.budget import Budget
-from mergepipe.merge.facts import TensorFacts
-from mergepipe.merge.method import Value
 from mergepipe.merge.methods import find_method
-from mergepipe.merge.plan import Input, Plan
 from mergepipe.merge.planner import coefficients_of, keeps_base, make_plan, threshold_of
 from mergepipe.store import Store
 from mergepipe.store.errors import BudgetError, UsageError
 from mergepipe.store.statistics import HISTOGRAM_BINS
-from support.facts import input_named, model_facts, questions, tensor_facts
+from support.facts import Problem, Question, input_named, plan_of, problems, tensor_facts
 from support.merges import METHODS, facts_of_refs, without_weights
 from support.merges import make_plan as plan_of_refs
 from support.processes import run_python
-
-BASE = input_named("base")
-Question = tuple[str, list[Input], dict[str, Value]]
-
-
-def plan_of(facts: list[TensorFacts], question: Question, budget: Budget, dtype: str | None = None) -> Plan:
-    method, experts, parameters = question
-    return make_plan(facts, BASE, experts, find_method(method), parameters, budget, dtype)
-
-
-@st.composite
-def problems(draw: st.DrawFn) -> tuple[list[TensorFacts], Question, str | None]:
-    question = draw(questions())
-    return draw(model_facts(len(question[1]))), question, draw(st.sampled_from([None, None, "BF16"]))
-
-
-Problem = tuple[list[TensorFacts], Question, str | None]
 
 
 @given(problems(), st.integers(0, 2000))

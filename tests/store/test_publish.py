@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
+import shutil
 from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +24,7 @@ from mergepipe.store.frame import Kind
 from mergepipe.store.publish import Changes, RefUpdate, publish
 from mergepipe.store.refs import find_ref
 from mergepipe.store.staging import Staging
+from support.checkpoints import folder_bytes
 from support.family import write_family
 from support.processes import run_python, start_python
 from support.stores import assert_clean, catalog_rows, object_files, object_path, state_of, writers_left
@@ -165,8 +169,6 @@ class TestObjects:
             assert row is not None
             return row.touched
 
-        from dataclasses import replace
-
         def age(view: object) -> None:
             row = view.object_row(digest)  # type: ignore[attr-defined]
             view.put("objects", digest, replace(row, touched=1000).pack())  # type: ignore[attr-defined]
@@ -206,7 +208,7 @@ class TestObjects:
         original = os.fsync
 
         def note(descriptor: int) -> None:
-            flushed.append(os.readlink(f"/proc/self/fd/{descriptor}"))
+            flushed.append(str(Path(f"/proc/self/fd/{descriptor}").readlink()))
             original(descriptor)
 
         monkeypatch.setattr(publish_module, "flush_filesystem", lambda _: False)
@@ -248,68 +250,87 @@ STEPS = {
     "before the ref": ("publish._move_ref", "<", 1),
     "before the transaction ends": ("publish._move_ref", ">", 1),
 }
-CHILD = """
-    import importlib, os, sys
+AFTER = ("publish.Catalog.write", ">", 1)
+# One process with everything loaded, that forks a writer for each step and lets it die there.
+WRITERS = """
+    import importlib, json, os, sys
     from mergepipe.store import Store
     import mergepipe.store.ingest
-    root, path, name, side, number = sys.argv[1:]
-    module, _, attribute = name.partition(".")
-    owner = importlib.import_module("mergepipe.store." + module)
-    *owners, attribute = attribute.split(".")
-    for each in owners:
-        owner = getattr(owner, each)
-    original, calls = getattr(owner, attribute), 0
-    def dying(*arguments, **named):
-        global calls
-        calls += 1
-        if calls == int(number) and side == "<":
-            os._exit(77)
-        result = original(*arguments, **named)
-        if calls == int(number) and side == ">":
-            os._exit(77)
-        return result
-    setattr(owner, attribute, dying)
-    Store.open(root).ingest([path], base="base")
+
+    def die_at(name, side, number):
+        module, _, attribute = name.partition(".")
+        owner = importlib.import_module("mergepipe.store." + module)
+        *owners, attribute = attribute.split(".")
+        for each in owners:
+            owner = getattr(owner, each)
+        original, calls = getattr(owner, attribute), 0
+        def dying(*arguments, **named):
+            nonlocal calls
+            calls += 1
+            if calls == number and side == "<":
+                os._exit(77)
+            result = original(*arguments, **named)
+            if calls == number and side == ">":
+                os._exit(77)
+            return result
+        setattr(owner, attribute, dying)
+
+    expert, warm, *roots = sys.argv[2:]
+    with Store.open(warm) as store:
+        store.ingest([expert], base="base")
+    for root, step in zip(roots, json.loads(sys.argv[1]), strict=True):
+        if os.fork() == 0:
+            die_at(*step)
+            Store.open(root).ingest([expert], base="base")
+            os._exit(0)
+        assert os.waitstatus_to_exitcode(os.wait()[1]) == 77, step
 """
+
+
+@dataclass(frozen=True)
+class Crashed:
+    """Stores whose writers died, by step, and what was in them before."""
+
+    expert: Path
+    roots: dict[str, Path]
+    before: object
+
+
+@pytest.fixture(scope="module")
+def crashed(tmp_path_factory: pytest.TempPathFactory) -> Crashed:
+    top = tmp_path_factory.mktemp("crashes")
+    base, (expert, _) = write_family(top)
+    with Store.create(top / "first", block_bytes=4096) as store:
+        store.ingest([base])
+        before = state_of(store)
+    roots = {step: top / step for step in (*STEPS, "after", "warm")}
+    for root in roots.values():
+        shutil.copytree(top / "first", root)
+    steps = json.dumps([*STEPS.values(), AFTER])
+    run_python(WRITERS, steps, expert, roots["warm"], *(roots[step] for step in (*STEPS, "after")))
+    return Crashed(expert, roots, before)
 
 
 class TestCrashes:
     @pytest.mark.parametrize("step", list(STEPS))
-    def test_a_writer_that_dies_leaves_the_store_as_it_was(self, store: Store, tmp_path: Path, step: str) -> None:
-        base, (expert, _) = write_family(tmp_path)
-        store.ingest([base])
-        before = state_of(store)
-        run_python(CHILD, store.layout.root, expert, *STEPS[step], expect=77)
-        assert state_of(store) == before
-        assert_clean(store)
-        assert ref_of(store, "expert0") is None
-        (result,) = store.ingest([expert], base="base")
-        assert ref_of(store, "expert0") == result.commit
-        assert writers_left(store) == []
-        store.snapshot("expert0").export(tmp_path / "out")
-        for path in sorted(expert.iterdir()):
-            assert (tmp_path / "out" / path.name).read_bytes() == path.read_bytes()
+    def test_a_writer_that_dies_leaves_the_store_as_it_was(self, crashed: Crashed, tmp_path: Path, step: str) -> None:
+        with Store.open(crashed.roots[step]) as store:
+            assert state_of(store) == crashed.before
+            assert_clean(store)
+            assert ref_of(store, "expert0") is None
+            (result,) = store.ingest([crashed.expert], base="base")
+            assert ref_of(store, "expert0") == result.commit
+            assert writers_left(store) == []
+            store.snapshot("expert0").export(tmp_path / "out")
+            assert folder_bytes(tmp_path / "out") == folder_bytes(crashed.expert)
+            assert_clean(store)
 
-    def test_one_that_dies_after_it_has_published_lost_nothing(self, store: Store, tmp_path: Path) -> None:
-        base, (expert, _) = write_family(tmp_path)
-        store.ingest([base])
-        run_python(CHILD, store.layout.root, expert, "publish.Catalog.write", ">", 1, expect=77)
-        assert_clean(store)
-        assert ref_of(store, "expert0") is not None
-        (result,) = store.ingest([expert], base="base")
-        assert (result.unchanged, result.written_bytes) == (True, 0)
-
-    def test_a_reopened_store_sees_the_same(self, make_store: Callable[..., Store], tmp_path: Path) -> None:
-        base, _ = write_family(tmp_path, experts=0)
-        store = make_store(tmp_path / "s")
-        store.ingest([base])
-        before = state_of(store)
-        store.close()
-        with Store.open(tmp_path / "s") as again:
-            assert state_of(again) == before
-            store.catalog = again.catalog  # the fixture verifies it
-            again.catalog.write(lambda view: view.put("meta", b"k", b"v"))
-        store.__init__(store.layout)  # type: ignore[misc]
+    def test_one_that_dies_after_it_has_published_lost_nothing(self, crashed: Crashed) -> None:
+        with Store.open(crashed.roots["after"]) as store:
+            assert_clean(store)
+            assert ref_of(store, "expert0") is not None
+            (result,) = store.ingest([crashed.expert], base="base")
+            assert (result.unchanged, result.written_bytes) == (True, 0)
 
 
 class TestTwoProcesses:
@@ -353,12 +374,12 @@ class TestTwoProcesses:
         assert_clean(store)
 
     def test_different_refs_do_not_disturb_each_other(self, store: Store, tmp_path: Path) -> None:
-        base, experts = write_family(tmp_path, experts=3)
+        base, experts = write_family(tmp_path, experts=1)
         code = """
             import sys
             from mergepipe.store import Store
             with Store.open(sys.argv[1]) as store:
-                store.ingest([sys.argv[2]], base=None if sys.argv[2].endswith("base") else None)
+                store.ingest([sys.argv[2]])
         """
         children = [start_python(code, store.layout.root, path) for path in [base, *experts]]
         for child in children:

@@ -7,16 +7,21 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from hypothesis import strategies as st
 
+from mergepipe.merge.budget import Budget
 from mergepipe.merge.certificate import Item
 from mergepipe.merge.facts import Group, Place, TensorFacts
 from mergepipe.merge.method import Value
 from mergepipe.merge.methods import METHODS
-from mergepipe.merge.plan import Input
+from mergepipe.merge.plan import Input, Plan
+from mergepipe.merge.planner import make_plan
 from mergepipe.store.digest import Digest, hash_bytes
 from mergepipe.store.manifest import TensorEntry
 from mergepipe.store.statistics import HISTOGRAM_BINS
 
 BLOCK_ELEMENTS = 1024
+Question = tuple[str, list[Input], dict[str, Value]]
+Problem = tuple[list[TensorFacts], Question, str | None]
+"""A model's facts, what is asked of them, and the result's type."""
 
 
 def made_up(text: str) -> Digest:
@@ -83,7 +88,7 @@ def model_facts(draw: st.DrawFn, experts: int) -> list[TensorFacts]:
 
 
 @st.composite
-def questions(draw: st.DrawFn) -> tuple[str, list[Input], dict[str, Value]]:
+def questions(draw: st.DrawFn) -> Question:
     """A method, experts with its parameters, and its other parameters; no two of them contradict."""
     method = METHODS[draw(st.sampled_from(sorted(METHODS)))]
     signed = draw(st.booleans())
@@ -98,6 +103,18 @@ def questions(draw: st.DrawFn) -> tuple[str, list[Input], dict[str, Value]]:
             own["density"] = draw(st.sampled_from([0.01, 0.3, 1.0]))
         experts.append(input_named(f"expert{number}", **own))
     return method.name, experts, parameters
+
+
+@st.composite
+def problems(draw: st.DrawFn) -> Problem:
+    question = draw(questions())
+    return draw(model_facts(len(question[1]))), question, draw(st.sampled_from([None, None, "BF16"]))
+
+
+def plan_of(facts: Sequence[TensorFacts], question: Question, budget: Budget, dtype: str | None = None) -> Plan:
+    """What the planner makes of it."""
+    method, experts, parameters = question
+    return make_plan(facts, input_named("base"), experts, METHODS[method], parameters, budget, dtype)
 
 
 errors = st.one_of(st.floats(0, 100), st.sampled_from([0.0, 1.0, 2.0, 1e-9, 1e9]), st.floats(1e-150, 1e60))

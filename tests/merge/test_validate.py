@@ -1,0 +1,268 @@
+"""A plan held against a store: what was edited is refused before anything is read or written."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from mergepipe.merge import Plan, decode_plan, execute
+from mergepipe.merge.validate import check_plan
+from mergepipe.store import Store
+from mergepipe.store.errors import BadInputError, BudgetError, MergePipeError, NotFoundError
+from support.family import base_weights, fine_tune
+from support.hostile import at, mutated_json, with_change, without
+from support.merges import METHODS, ingest_family, ingest_model, make_plan
+from support.stores import state_of, writers_left
+
+WEIGHTS = {"math": {"weight": 0.75}, "code": {"weight": 0.5}}
+UP = "model.layers.1.mlp.up_proj.weight"
+Refused = Callable[..., MergePipeError]
+
+
+def edited(plan: Plan, path: tuple[str | int, ...], value: Any) -> Plan:
+    return decode_plan(json.dumps(with_change(plan.as_json(), path, value)).encode(), "edited")
+
+
+@pytest.fixture
+def refused(family: Store) -> Refused:
+    """Executes a plan that must be refused with an error of a kind, and the store left as it was."""
+
+    def run(plan: Plan, kind: type[MergePipeError] = BadInputError, match: str = "") -> MergePipeError:
+        before = state_of(family)
+        with pytest.raises(kind, match=match) as caught:
+            execute(family, plan, "hostile")
+        assert type(caught.value) is kind
+        assert state_of(family) == before
+        assert writers_left(family) == []
+        return caught.value
+
+    return run
+
+
+@pytest.fixture
+def partial(family: Store) -> Plan:
+    """A plan that reads a part of some tensors."""
+    plan = make_plan(family, "ties", WEIGHTS, budget="40%", density=0.3)
+    assert any(tensor.bound and any(tensor.reads) for tensor in plan.tensors.values())
+    return plan
+
+
+@pytest.fixture
+def additive(family: Store) -> Plan:
+    return make_plan(family, "task_arithmetic", WEIGHTS, budget="40%")
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("budget", [None, "0", "40%", "100%"])
+@pytest.mark.parametrize("dtype", [None, "F32"])
+def test_what_the_planner_made_holds(family: Store, method: str, budget: str | None, dtype: str | None) -> None:
+    plan = make_plan(family, method, WEIGHTS, budget=budget, dtype=dtype)
+    base, experts = check_plan(family, decode_plan(plan.encode(), "plan"))
+    assert base.commit_id == family.resolve("base")
+    assert [expert.commit_id for expert in experts] == [family.resolve("math"), family.resolve("code")]
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "match"),
+    [
+        (("costs", "expert_bytes"), 1, "plan's costs's expert_bytes is 1, and follows as"),
+        (("costs", "expert_bytes"), 10**9, "expert_bytes"),
+        (("costs", "expert_bytes_full"), 0, "expert_bytes_full"),
+        (("costs", "base_bytes"), 0, "base_bytes"),
+        (("costs", "computed_blocks"), 0, "computed_blocks"),
+        (("costs", "referenced_blocks"), 10**6, "referenced_blocks"),
+        (("bound", "absolute"), 0.0, "bound's absolute is 0.0"),
+        (("bound", "absolute"), 1e9, "bound's absolute"),
+        (("bound", "relative"), 0.0, "bound's relative"),
+        (("bound", "update"), 1e9, "bound's update"),
+        (("tensors", UP, "bound"), 0.0, "bound is 0.0"),
+        (("tensors", UP, "thresholds", 0), 0, "thresholds"),
+        (("tensors", UP, "thresholds", 1), 0x3F800000, "thresholds"),
+        (("tensors", UP, "kept", 0), -1, "kept"),
+        (("method",), "tie", "no method 'tie'"),
+        (("method",), "linear", "linear has no parameter"),
+        (("method_version",), 2, "version 2 of ties, this is 1"),
+        (("method_version",), 0, "version 0"),
+        (("parameters",), {}, "exactly the method's parameters"),
+        (("parameters", "lambda"), 2.0, "follows as"),
+        (("parameters", "lambda"), True, "must be a number"),
+        (("parameters", "lambda"), 1e39, "lambda"),
+        (("parameters", "normalize"), 1, "exactly the method's parameters"),
+        (("parameters", "normalize"), False, "follows as"),
+        (("parameters", "density"), 0.3, "exactly the method's parameters"),
+        (("parameters", "speed"), 1, "no parameter 'speed'"),
+        (("experts", 0, "parameters"), {}, "exactly the method's parameters"),
+        (("experts", 0, "parameters", "weight"), True, "must be a number"),
+        (("experts", 0, "parameters", "weight"), 1e39, "weight"),
+        (("experts", 0, "parameters", "lambda"), 1.0, "exactly the method's parameters"),
+        (("experts", 0, "parameters", "density"), 0.5, "follows as"),
+        (("experts", 0, "parameters", "density"), 1.5, "density"),
+        (("experts", 0, "parameters", "density"), 0, "density"),
+        (("base", "parameters"), {"weight": 1.0}, "gives the base parameters"),
+        (("dtype",), "F33", "is not one to merge to"),
+        (("dtype",), "bf16", "is not one to merge to"),
+        (("dtype",), "I32", "is not one to merge to"),
+        (("dtype",), "F32", "does not speak of"),
+        (("tensors", "no.such.tensor"), {"reads": ["", ""], "thresholds": [0, 0], "kept": [-1, -1], "bound": 0}, "speaks"),
+        (("tensors", "lm_head.weight"), {"reads": ["", ""], "thresholds": [0, 0], "kept": [-1, -1], "bound": 0}, "speaks"),
+        (("tensors",), {}, "does not speak of"),
+    ],
+    ids=lambda part: str(part)[:50],
+)  # fmt: skip
+def test_an_edited_field_is_refused(
+    partial: Plan, refused: Refused, path: tuple[str | int, ...], value: Any, match: str
+) -> None:
+    error = refused(edited(partial, path, value), match=match)
+    assert error.hint
+
+
+@pytest.mark.parametrize("reads", ["", "0", "0-3,5", "0-2", "0-99"])
+def test_edited_reads_are_refused(partial: Plan, refused: Refused, reads: str) -> None:
+    """More, fewer or others: of one expert or of both."""
+    tensor = next(name for name, found in partial.tensors.items() if all(found.reads))
+    refused(edited(partial, ("tensors", tensor, "reads", 0), reads))
+    refused(edited(partial, ("tensors", tensor, "reads"), [reads, reads]))
+
+
+def test_a_part_of_what_belongs_together_is_refused(partial: Plan, refused: Refused) -> None:
+    """For ties, one expert of a place read and another not would move the result further than either."""
+    tensor = next(name for name, found in partial.tensors.items() if all(found.reads))
+    refused(edited(partial, ("tensors", tensor, "reads", 1), ""), match="a part of what belongs together")
+
+
+def test_a_block_that_is_the_bases_own_is_not_read(additive: Plan, refused: Refused) -> None:
+    value = with_change(additive.as_json(), ("tensors", "lm_head.weight"), at(additive.as_json(), ("tensors", UP)))
+    value = with_change(value, ("tensors", "lm_head.weight", "reads"), ["0", ""])
+    refused(decode_plan(json.dumps(value).encode(), "edited"), match="which is the base's own, or does not exist")
+
+
+def test_a_tensor_that_is_left_out_is_missed(additive: Plan, refused: Refused) -> None:
+    value = without(additive.as_json(), ("tensors", UP))
+    refused(decode_plan(json.dumps(value).encode(), "edited"))
+
+
+def test_a_budget_below_its_reads_is_refused(partial: Plan, additive: Plan, refused: Refused) -> None:
+    for plan in (partial, additive):
+        refused(replace(plan, budget_bytes=plan.costs.expert_bytes - 1), BudgetError, "more than its budget")
+        refused(replace(plan, budget_bytes=0), BudgetError)
+
+
+def test_commits_that_are_not_here_are_named(partial: Plan, refused: Refused) -> None:
+    nobody = "12" * 32
+    error = refused(edited(partial, ("base", "commit"), nobody), NotFoundError, "base is commit 121212121212")
+    assert "Ingest it here" in str(error.hint)
+    refused(edited(partial, ("experts", 1, "commit"), nobody), NotFoundError, "expert 'code'")
+
+
+def test_ids_of_other_things_are_no_commits(family: Store, partial: Plan, refused: Refused) -> None:
+    for digest in (family.commit(family.resolve("base")).tree, family.snapshot("base").entry(UP).blocks[0], partial.id):
+        refused(edited(partial, ("base", "commit"), digest.hex()), NotFoundError)
+
+
+def test_somebody_elses_commits_are_refused(family: Store, partial: Plan, refused: Refused, tmp_path: Path) -> None:
+    """Experts that were not planned for, the base as an expert, experts in another order, another model."""
+    base = base_weights()
+    ingest_model(family, tmp_path, "other", fine_tune(base, 9), base="base")
+    ingest_model(family, tmp_path, "small", {"w": np.ones((4, 4), np.float32)})
+    for name in ("other", "base", "small"):
+        refused(edited(partial, ("experts", 0, "commit"), family.resolve(name).hex()))
+    for name in ("other", "math", "small"):
+        refused(edited(partial, ("base", "commit"), family.resolve(name).hex()))
+    refused(replace(partial, experts=tuple(reversed(partial.experts))))
+
+
+def test_a_weight_that_moves_the_bound_is_refused(partial: Plan, additive: Plan, refused: Refused) -> None:
+    refused(edited(additive, ("experts", 0, "parameters", "weight"), 0.7), match="follows as")
+    refused(edited(partial, ("experts", 0, "parameters", "weight"), -0.75), BudgetError, "both signs")
+
+
+def test_an_edit_that_is_another_valid_plan_has_another_id(family: Store, partial: Plan) -> None:
+    """A weight of a normalized consensus does not enter its bound, and names, types and larger budgets are free.
+
+    Such a plan is taken for what it says: another plan, with an id of its own, and another result.
+    """
+    first = execute(family, partial, "first")
+    edits: list[tuple[tuple[str | int, ...], Any]] = [
+        (("experts", 0, "parameters", "weight"), 0.25),
+        (("experts", 0, "name"), "somebody's"),
+        (("budget_bytes",), 10**12),
+        (("budget_bytes",), None),
+    ]
+    ids = {partial.id}
+    for path, value in edits:
+        plan = edited(partial, path, value)
+        result = execute(family, plan, "second")
+        assert result.plan == plan.id
+        assert plan.id not in ids
+        ids.add(plan.id)
+        assert family.commit(result.commit).plan == plan.id
+        same = family.commit(result.commit).tree == family.commit(first.commit).tree
+        assert same == (path[-1] != "weight")
+
+
+def test_weights_that_sum_to_zero_are_the_plans_fault(family: Store, refused: Refused) -> None:
+    plan = make_plan(family, "linear", {"math": 0.5, "code": 1.0})
+    refused(edited(plan, ("experts", 0, "parameters", "weight"), -1.0), match="sum to zero")
+
+
+def test_what_has_no_bound_cannot_be_left_out(store: Store, tmp_path: Path) -> None:
+    base = {"w": np.zeros(3000, np.float32)}
+    tuned = {"w": np.where(np.arange(3000) == 2000, np.nan, 1).astype(np.float32)}
+    ingest_family(store, tmp_path, base, {"tuned": tuned})
+    plan = make_plan(store, "linear", {"tuned": 1.0})
+    before = state_of(store)
+    with pytest.raises(BudgetError, match="no bound exists while 'w'"):
+        execute(store, edited(plan, ("tensors", "w", "reads"), ["0,2"]), "hostile")
+    assert state_of(store) == before
+
+
+def test_statistics_that_are_missing_are_made_before_a_plan_is_believed(
+    make_store: Callable[..., Store], tmp_path: Path
+) -> None:
+    """A store that has the objects and not the statistics refuses the same edits."""
+    base = base_weights()
+    first, second = make_store(), make_store()
+    for store in (first, second):
+        ingest_family(store, tmp_path / store.layout.root.name, base, {"math": fine_tune(base, 1)}, against_base=False)
+    plan = make_plan(first, "ties", {"math": 1.0}, density=0.3, budget="50%")
+    commits = {name: second.resolve(name).hex() for name in ("base", "math")}
+    moved = edited(edited(plan, ("base", "commit"), commits["base"]), ("experts", 0, "commit"), commits["math"])
+    tensor = next(iter(moved.tensors))
+    with pytest.raises(BadInputError, match="thresholds"):
+        execute(second, edited(moved, ("tensors", tensor, "thresholds"), [0]), "hostile")
+    with pytest.raises(BadInputError, match="bound"):
+        execute(second, edited(moved, ("bound", "absolute"), 0.0), "hostile")
+    execute(second, moved, "merged")
+
+
+@settings(max_examples=200)
+@given(data=st.data())
+def test_a_mutated_plan_is_refused_or_true(family: Store, data: st.DataObject) -> None:
+    """One change anywhere. What is still accepted keeps its own word: the costs that it states are what is measured."""
+    method = data.draw(st.sampled_from(["ties", "task_arithmetic"]), label="method")
+    plan = make_plan(family, method, WEIGHTS, budget="40%")
+    before = state_of(family)
+    try:
+        found = decode_plan(data.draw(mutated_json(plan.as_json())), "p.json")
+        check_plan(family, found)
+    except MergePipeError:
+        pass
+    else:
+        assert found.tensors == plan.tensors
+        assert found.bound == plan.bound
+        if found != plan:
+            result = execute(family, found, "mutated", use_cache=False)
+            assert result.expert_bytes_read == found.costs.expert_bytes
+            assert result.base_bytes_read == found.costs.base_bytes
+            assert result.computed_blocks == found.costs.computed_blocks
+            assert result.plan == found.id != plan.id
+            return
+    assert state_of(family) == before

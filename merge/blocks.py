@@ -106,7 +106,10 @@ def compute(
 
     with ThreadPoolExecutor(workers, thread_name_prefix="merge") as pool:
         run_bounded(pool, work, places(), ahead=2 * workers, prepare=prefetch)
-    return {name: _entry(tensors[name]) if name in tensors else entry for name, entry in base.tensors.items()}
+    return {
+        name: _entry(tensors[name]) if name in tensors else _untouched(entry, run.plan.dtype)
+        for name, entry in base.tensors.items()
+    }
 
 
 def _tensor(plan: Plan, method: Method, planned: TensorPlan, base: TensorEntry, experts: list[TensorEntry]) -> _Tensor:
@@ -123,6 +126,13 @@ def _tensor(plan: Plan, method: Method, planned: TensorPlan, base: TensorEntry, 
 
 def _entry(tensor: _Tensor) -> TensorEntry:
     return TensorEntry(tensor.out_type.name, tensor.base.shape, tensor.base.chunks, tuple(tensor.blocks))
+
+
+def _untouched(entry: TensorEntry, dtype: str | None) -> TensorEntry:
+    """The base's own tensor; an empty one, which has nothing to compute, gets the result's type all the same."""
+    if dtype is None or not entry.element_type.has_statistics:
+        return entry
+    return TensorEntry(dtype, entry.shape, entry.chunks, entry.blocks)
 
 
 def _look_up(run: Run, tensor: _Tensor, index: int, *, everywhere: bool) -> Digest | _Place:

@@ -32,14 +32,14 @@ def check_plan(store: Store, plan: Plan) -> tuple[Snapshot, list[Snapshot]]:
     try:
         method = _check_method(plan)
     except UsageError as error:
-        raise BadInputError(error.message, hint=error.hint) from error
+        raise BadInputError(error.message, hint=error.hint or _AGAIN) from error
     base = _snapshot(store, plan.base, "base")
     experts = [_snapshot(store, item, f"expert {item.name!r}") for item in plan.experts]
     facts = facts_of(store, base, experts, [item.name for item in plan.experts], method)
     try:
         _check_derived(plan, facts, method)
     except UsageError as error:
-        raise BadInputError(error.message, hint=error.hint) from error
+        raise BadInputError(error.message, hint=error.hint or _AGAIN) from error
     return base, experts
 
 
@@ -91,7 +91,7 @@ def _check_derived(plan: Plan, facts: list[TensorFacts], method: Method) -> None
             f"the plan's reads take {honest.costs.expert_bytes} bytes, more than its budget of {plan.budget_bytes}",
             hint=_AGAIN,
         )
-    difference = _difference(honest.as_json(), plan.as_json(), "plan")
+    difference = _difference(honest.as_json(), plan.as_json())
     if difference:
         raise BadInputError(difference, hint=_AGAIN)
 
@@ -129,18 +129,18 @@ def _chosen(plan: Plan, facts: list[TensorFacts], items: list[Item]) -> set[int]
     return chosen
 
 
-def _difference(found: Any, claimed: Any, where: str) -> str | None:
+def _difference(found: Any, claimed: Any, path: tuple[str, ...] = ()) -> str | None:
     """The first place where two plans' JSON forms differ, as a sentence; numbers may differ by rounding."""
     if isinstance(found, dict):
         for name in sorted(found.keys() | claimed.keys()):
             if name not in claimed:
-                return f"the {where} does not speak of {name!r}, which differs from the base or is to be converted"
+                return f"the plan does not speak of {name!r}, which differs from the base or is to be converted"
             if name not in found:
-                return f"the {where} speaks of {name!r}, where there is nothing to do"
-            difference = _difference(found[name], claimed[name], f"{where}'s {name}")
+                return f"the plan speaks of {name!r}, where there is nothing to do"
+            difference = _difference(found[name], claimed[name], (*path, name))
             if difference:
                 return difference
         return None
     if isinstance(found, float) and math.isclose(found, claimed, rel_tol=1e-9, abs_tol=1e-300):
         return None
-    return None if found == claimed else f"the {where} is {claimed}, and follows as {found}"
+    return None if found == claimed else f"the plan's {' '.join(path)} is {claimed}, and follows as {found}"

@@ -106,7 +106,10 @@ def _all_rows(store: Store) -> dict[Digest, ObjectRow]:
 
 def _rows_of(store: Store, snapshot: Snapshot, findings: _Findings) -> dict[Digest, ObjectRow]:
     rows: dict[Digest, ObjectRow] = {}
-    needed = with_bases(store, object_ids(snapshot))
+    try:
+        needed = with_bases(store, object_ids(snapshot))
+    except DamagedError:  # nobody knows what a damaged tree needs: look at everything
+        return _all_rows(store)
     with store.catalog.reading() as view:
         for digest in needed:
             row = view.object_row(digest)

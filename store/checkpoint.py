@@ -341,7 +341,7 @@ def is_safe_path(name: str) -> bool:
     """Whether a relative path stays below the folder that it is joined to, on any system."""
     path = PurePosixPath(name)
     return (
-        bool(name)
+        bool(path.parts)
         and not path.is_absolute()
         and ".." not in path.parts
         and "\\" not in name

@@ -81,6 +81,7 @@ def create_layout(root: Path, *, block_bytes: int = DEFAULT_BLOCK_BYTES, catalog
     }
     # Written last: a directory is a store from the moment that its settings are there.
     write_durably(root / _SETTINGS, (json.dumps(settings, indent=1) + "\n").encode())
+    flush_directory(root.parent)
     return Layout(root, block_bytes, where)
 
 

@@ -116,11 +116,18 @@ class ObjectReader:
         try:
             self._decode(header, payload, out, role, base)
         except (ValueError, RuntimeError, zlib.error) as error:
+            self._blame_base(header, base)
             raise self._damaged(digest, f"cannot be decoded ({error})") from error
         if hash_bytes(out.data) != digest:
-            if header.base is not None and base is None:
-                self.verify(header.base)  # names the base where that is what is damaged
+            self._blame_base(header, base)
             raise self._damaged(digest, "does not have the content that its id names")
+
+    def _blame_base(self, header: Header, base: tuple[Digest, Bytes] | None) -> None:
+        """Raises DamagedError that names a delta's base, where that is what is damaged."""
+        if header.base is not None and base is None:
+            if self.read_header(header.base).encoding is Encoding.DELTA:
+                return  # which no base is: it may even be this one
+            self.verify(header.base)
 
     def read_piece(self, digest: Digest, size: int, role: Role = Role.OTHER) -> bytes:
         """A block's or a file piece's bytes, when its size is known from a manifest."""

@@ -94,8 +94,10 @@ class Snapshot:
         torch_name = entry.element_type.torch_name
         if torch_name is None or not hasattr(torch, torch_name):
             raise BadInputError(f"torch has no element type for {entry.dtype} ({name})")
-        data = torch.from_numpy(self.read_tensor(name))
-        return data.view(getattr(torch, torch_name)).reshape(entry.shape)
+        dtype = getattr(torch, torch_name)
+        if not entry.blocks:  # nothing cannot be viewed as another type
+            return torch.empty(entry.shape, dtype=dtype)
+        return torch.from_numpy(self.read_tensor(name)).view(dtype).reshape(entry.shape)
 
     def read_file(self, path: str) -> bytes:
         """A file's content; raises NotFoundError."""

@@ -73,6 +73,8 @@ def suggest_base(store: Store, path: Path, ref: str | None = None) -> Suggestion
         return _as_before(store, store.commit(earlier.commit))
     with open_checkpoint(path) as checkpoint:
         hint = PurePosixPath(checkpoint.base_hint()).name
+        if any(hint == known.name for known in refs):  # rather than one whose last part it is
+            return Suggestion(hint, f"its configuration names {hint!r}")
         seen: set[bytes] = set()
         candidates: list[tuple[str, Snapshot]] = []
         for known in refs:
@@ -80,7 +82,7 @@ def suggest_base(store: Store, path: Path, ref: str | None = None) -> Suggestion
                 continue
             seen.add(known.commit)
             snapshot = store.snapshot_of(known.commit)
-            if hint and hint in (known.name, PurePosixPath(known.name).name):
+            if hint and hint == PurePosixPath(known.name).name:
                 return Suggestion(known.name, f"its configuration names {hint!r}")
             if len(candidates) < _MAXIMUM_CANDIDATES and _same_tensors(checkpoint, snapshot):
                 candidates.append((known.name, snapshot))

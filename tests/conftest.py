@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import os
+import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -78,3 +79,26 @@ def store(make_store: Callable[..., Store]) -> Store:
 def hurt_store(make_store: Callable[..., Store]) -> Store:
     """The same for tests that damage it."""
     return make_store(damaged=True)
+
+
+@pytest.fixture
+def mounted_disk(tmp_path: Path) -> Iterator[Callable[..., Path]]:
+    """Mounts small filesystems in memory: ``mounted_disk("4m")``. Skips where that is not allowed."""
+    mounted: list[Path] = []
+
+    def make(size: str) -> Path:
+        folder = tmp_path / f"disk{len(mounted)}"
+        folder.mkdir()
+        command = ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(folder)]
+        try:
+            done = os.geteuid() == 0 and subprocess.run(command, capture_output=True, check=False).returncode == 0
+        except OSError:
+            done = False
+        if not done:
+            pytest.skip("needs the right to mount a filesystem in memory")
+        mounted.append(folder)
+        return folder
+
+    yield make
+    for folder in mounted:
+        subprocess.run(["umount", "-l", str(folder)], check=True)

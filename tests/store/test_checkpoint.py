@@ -156,7 +156,7 @@ class TestWhatIsWrong:
         assert f"'{tensor}'" in message
         assert "disagrees with shard" in message
 
-    @pytest.mark.parametrize("name", ["../m2/x.safetensors", "/etc/passwd", "a/../../b", "C:\\x", "..", "", "./x"])
+    @pytest.mark.parametrize("name", ["../m2/x.safetensors", "/etc/passwd", "a/../../b", "C:\\x", "..", "", ".", "./x"])
     def test_an_index_that_leads_out_of_the_folder(self, tmp_path: Path, name: str) -> None:
         folder = write_checkpoint(tmp_path / "m", TENSORS, shards=2)
         write_safetensors(tmp_path / "m2" / "x.safetensors", TENSORS)
@@ -259,6 +259,7 @@ class TestLinks:
         ("", False),
         ("/a", False),
         ("..", False),
+        (".", False),
         ("a/../b", False),
         ("./a", False),
         ("a//b", False),

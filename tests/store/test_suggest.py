@@ -37,6 +37,17 @@ class TestSuggestions:
         assert suggestion.ref == "other"
         assert "'other'" in suggestion.reason
 
+    def test_a_whole_name_comes_before_the_end_of_one(self, bases: Store, tmp_path: Path) -> None:
+        bases.ingest([write_model(tmp_path / "m", OTHER)], ref="a/other")
+        for name, ref in (("other", "other"), ("org/other", "other")):
+            suggestion = suggest_base(bases, write(tmp_path / "tuned", fine_tune(BASE, 1), _name_or_path=name))
+            assert suggestion is not None
+            assert suggestion.ref == ref
+        bases.ingest([write_model(tmp_path / "m", fine_tune(BASE, 9))], ref="a/third")
+        suggestion = suggest_base(bases, write(tmp_path / "tuned", fine_tune(BASE, 1), _name_or_path="org/third"))
+        assert suggestion is not None
+        assert suggestion.ref == "a/third"
+
     def test_else_the_nearest_weights(self, bases: Store, tmp_path: Path) -> None:
         for base, ref in ((BASE, "Base-1B"), (OTHER, "other")):
             suggestion = suggest_base(bases, write(tmp_path / f"tuned-{ref}", fine_tune(base, 1)))

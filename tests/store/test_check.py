@@ -1,0 +1,125 @@
+"""``mp verify``: what it looks at, what it says, and what it remembers. The damage itself is in ``test_damage``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from mergepipe.store import Store
+from mergepipe.store.check import verify
+from mergepipe.store.errors import NotFoundError
+from mergepipe.store.publish import Changes, RefUpdate, publish
+from support.family import write_family
+from support.stores import catalog_rows, flip_bit, object_files, object_path
+
+
+@pytest.fixture
+def family(hurt_store: Store, tmp_path: Path) -> Store:
+    base, experts = write_family(tmp_path)
+    hurt_store.ingest([base])
+    hurt_store.ingest(experts, base="base")
+    return hurt_store
+
+
+def marks(store: Store) -> set[bytes]:
+    return set(catalog_rows(store, "damaged")["damaged"])
+
+
+class TestWhatIsRead:
+    def test_every_object_whole(self, family: Store) -> None:
+        seen: list[tuple[str, int, int]] = []
+        report = verify(family, progress=lambda *step: seen.append(step))
+        sizes = object_files(family)
+        assert (report.objects, report.checked_bytes, report.damaged) == (len(sizes), sum(sizes.values()), ())
+        assert max(seen) == ("verify", report.checked_bytes, report.checked_bytes)
+
+    def test_only_what_one_ref_needs(self, family: Store) -> None:
+        everything = verify(family).objects
+        assert verify(family, "base").objects < everything
+        other = family.snapshot("expert1").entry("model.layers.0.mlp.up_proj.weight").blocks[0]
+        shared = family.snapshot("base").entry("model.layers.0.mlp.up_proj.weight").blocks[0]
+        flip_bit(object_path(family, other), 200)
+        assert verify(family, "base").damaged == verify(family, "expert0").damaged == ()
+        assert [item.id for item in verify(family, "expert1").damaged] == [other]
+        flip_bit(object_path(family, shared), 200)
+        assert shared in {item.id for item in verify(family, "expert0").damaged}, "a delta needs its base"
+
+    def test_a_ref_that_is_not_there(self, family: Store) -> None:
+        with pytest.raises(NotFoundError):
+            verify(family, "expert9")
+
+    def test_a_ref_whose_tree_is_damaged_is_reported_too(self, family: Store) -> None:
+        tree = family.snapshot("expert0").commit.tree
+        flip_bit(object_path(family, tree), 100)
+        assert tree in {item.id for item in verify(family, "expert0").damaged}
+
+    def test_an_empty_store(self, store: Store) -> None:
+        report = verify(store)
+        assert (report.objects, report.checked_bytes, report.damaged) == (0, 0, ())
+
+
+class TestFast:
+    def test_sizes_and_headers_alone(self, family: Store) -> None:
+        blocks = family.snapshot("base").entry("lm_head.weight").blocks
+        flip_bit(object_path(family, blocks[0]), 500)
+        assert verify(family, fast=True).damaged == ()
+        path = object_path(family, blocks[1])
+        content = path.read_bytes()
+        path.unlink()
+        path.write_bytes(content[:-1])
+        assert [item.id for item in verify(family, fast=True).damaged] == [blocks[1]]
+
+    def test_it_proves_nothing_well(self, family: Store) -> None:
+        block = family.snapshot("base").entry("lm_head.weight").blocks[0]
+        flip_bit(object_path(family, block), 500)
+        verify(family)
+        assert marks(family) == {block}
+        verify(family, fast=True)
+        assert marks(family) == {block}
+        flip_bit(object_path(family, block), 500)
+        verify(family, fast=True)
+        assert marks(family) == {block}
+        verify(family)
+        assert marks(family) == set()
+
+
+class TestReports:
+    def test_the_refs_and_tensors_that_need_a_block(self, family: Store) -> None:
+        block = family.snapshot("base").entry("model.layers.2.self_attn.q_proj.weight").blocks[1]
+        flip_bit(object_path(family, block), 300)
+        found = {item.id: item for item in verify(family).damaged}
+        assert found[block].kind == "block"
+        assert found[block].reason
+        name = "model.layers.2.self_attn.q_proj.weight"
+        assert set(found[block].used_by) == {f"base:{name}", f"expert0:{name}", f"expert1:{name}"}
+
+    def test_the_files_that_need_a_piece(self, family: Store) -> None:
+        (piece,) = family.snapshot("base").files["tokenizer.json"].blocks
+        flip_bit(object_path(family, piece), 100)
+        (found,) = verify(family).damaged
+        assert found.kind == "file"
+        assert set(found.used_by) == {f"{ref}:tokenizer.json" for ref in ("base", "expert0", "expert1")}
+
+    def test_a_ref_to_a_commit_that_is_not_there(self, family: Store) -> None:
+        commit = family.resolve("expert0")
+        publish(family.catalog, None, Changes(refs=[RefUpdate("other", None, commit)]))
+        family.catalog.write(lambda view: view.delete("commits", commit))
+        found = {item.id: item for item in verify(family).damaged}
+        assert "'" in found[commit].reason
+        assert "not there" in found[commit].reason
+
+    def test_a_commit_whose_row_is_another(self, family: Store) -> None:
+        one, other = family.resolve("expert0"), family.resolve("expert1")
+        row = catalog_rows(family, "commits")["commits"][other]
+        family.catalog.write(lambda view: view.put("commits", one, row))
+        found = {item.id: item for item in verify(family).damaged}
+        assert "is not that commit" in found[one].reason
+
+    def test_old_versions_are_looked_at_as_well(self, family: Store, tmp_path: Path) -> None:
+        old = family.snapshot("expert0").entry("model.layers.0.self_attn.q_proj.weight").blocks[0]
+        family.ingest([tmp_path / "expert1"], ref="expert0", base="base")
+        object_path(family, old).unlink()
+        found = {item.id: item for item in verify(family).damaged}
+        assert "is missing" in found[old].reason
+        assert found[old].used_by == ()

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -22,11 +22,12 @@ from mergepipe.store.digest import Digest, hash_bytes
 from mergepipe.store.errors import BadInputError, ConflictError, UsageError
 from mergepipe.store.frame import Kind
 from mergepipe.store.ingest_blocks import BlockPipeline, TensorWork, plan_tensor
-from mergepipe.store.manifest import FileEntry, Shard, TensorEntry, build_tree
+from mergepipe.store.manifest import FileEntry, Shard, build_tree
 from mergepipe.store.parallel import Progress, counter, default_workers
 from mergepipe.store.publish import Changes, RefUpdate, publish
 from mergepipe.store.refs import check_ref_name, find_ref, ref_name_for
 from mergepipe.store.staging import Staging
+from mergepipe.store.usage import stored_bytes_of
 from mergepipe.store.version import TOOL
 
 if TYPE_CHECKING:
@@ -68,6 +69,16 @@ class _Arrival:
     file_written: int = 0
 
 
+@dataclass(frozen=True, slots=True)
+class _Request:
+    """What the user asked for besides the checkpoints."""
+
+    base_id: Digest | None
+    base_name: str
+    message: str
+    author: str
+
+
 def ingest(
     store: Store,
     paths: Sequence[Path],
@@ -98,13 +109,11 @@ def ingest(
             for arrival in arrivals:
                 arrival.checkpoint.check_unchanged()
             changes = Changes(deltas=pipeline.deltas, tensors=pipeline.tensor_rows, relied_on=tuple(pipeline.relied_on))
-            results = [
-                _commit(store, staging, arrival, base, base_name, message, author, changes, started)
-                for arrival in arrivals
-            ]
+            request = _Request(base.commit_id if base is not None else None, base_name, message, author)
+            results = [_commit(store, staging, arrival, request, changes) for arrival in arrivals]
             if changes.commits or changes.deltas or changes.tensors or staging.rows:
                 publish(store.catalog, staging, changes)
-            return [_with_stored_bytes(store, result) for result in results]
+            return [_finished(store, result, started) for result in results]
     finally:
         for arrival in arrivals:
             arrival.checkpoint.close()
@@ -225,42 +234,22 @@ def _store_piece(data: Bytes, staging: Staging, pipeline: BlockPipeline) -> Dige
     return digest
 
 
-def _commit(
-    store: Store, staging: Staging, arrival: _Arrival, base: Snapshot | None, base_name: str,
-    message: str, author: str, changes: Changes, started: float,
-) -> IngestResult:  # fmt: skip
-    tensors: dict[str, TensorEntry] = {work.name: work.entry() for work in arrival.works}
+def _commit(store: Store, staging: Staging, arrival: _Arrival, request: _Request, changes: Changes) -> IngestResult:
+    """Stage an arrival's tree and commit, and add them to the changes; a tree that the ref has already is no news."""
+    tensors = {work.name: work.entry() for work in arrival.works}
     assert arrival.files is not None
-    written_before = staging.written_bytes
+    before = staging.written_bytes
     tree = build_tree(tensors, arrival.files, arrival.shards, lambda data: staging.add_record(Kind.NODE, data))
-    block_bytes = sum(work.written_bytes for work in arrival.works) + arrival.file_written
-    previous = store.commit(arrival.before) if arrival.before else None
-    base_id = base.commit_id if base is not None else None
-    unchanged = (
-        previous is not None
-        and previous.tree == tree
-        and base_id in (None, arrival.before, _base_of(previous))  # a base that it had not before is news
-    )
-    if unchanged and previous is not None and arrival.before is not None:
+    unchanged = _has_already(store, arrival.before, tree, request)
+    if unchanged is not None and arrival.before is not None:
         commit_id = arrival.before
-        if previous.id == commit_id:
-            staging.add_record(Kind.COMMIT, previous.encode())  # writes it only where its file was lost
+        staging.add_record(Kind.COMMIT, unchanged.encode())  # writes it only where its file was lost
     else:
-        parents = [Parent(arrival.before, "previous", arrival.ref)] if arrival.before else []
-        if base_id is not None and base_id != arrival.before:
-            parents.append(Parent(base_id, "base", base_name))
-        commit = Commit(
-            tree=tree,
-            parents=tuple(parents),
-            kind="ingest",
-            message=as_text(message or f"ingest {arrival.checkpoint.path.absolute().name}"),
-            author=as_text(author or default_author()),
-            time=timestamp_now(),
-            tool=TOOL,
-        )
+        commit = _new_commit(arrival, tree, request)
         commit_id = staging.add_record(Kind.COMMIT, commit.encode())
         changes.commits.append(commit)
         changes.refs.append(RefUpdate(arrival.ref, arrival.before, commit_id, "branch", "ingest", commit.author))
+    records = staging.written_bytes - before
     return IngestResult(
         ref=arrival.ref,
         commit=commit_id,
@@ -270,22 +259,40 @@ def _commit(
         + sum(entry.size for entry in arrival.files.values())
         + sum(shard.header.size for shard in arrival.shards),
         stored_bytes=0,
-        written_bytes=block_bytes + staging.written_bytes - written_before,
+        written_bytes=sum(work.written_bytes for work in arrival.works) + arrival.file_written + records,
         reused_blocks=sum(work.reused for work in arrival.works),
-        elapsed_seconds=round(time.monotonic() - started, 3),
-        unchanged=unchanged,
+        elapsed_seconds=0.0,
+        unchanged=unchanged is not None,
         notes=tuple(arrival.checkpoint.notes),
     )
 
 
-def _base_of(commit: Commit) -> Digest | None:
+def _has_already(store: Store, before: Digest | None, tree: Digest, request: _Request) -> Commit | None:
+    """The ref's commit, where it is this tree already; a base that it had not before is news all the same."""
+    if before is None:
+        return None
+    commit = store.commit(before)
     parent = commit.parent("base")
-    return parent.commit if parent else None
+    known = (None, before, parent.commit if parent else None)
+    return commit if commit.tree == tree and request.base_id in known else None
 
 
-def _with_stored_bytes(store: Store, result: IngestResult) -> IngestResult:
-    from dataclasses import replace
+def _new_commit(arrival: _Arrival, tree: Digest, request: _Request) -> Commit:
+    parents = [Parent(arrival.before, "previous", arrival.ref)] if arrival.before else []
+    if request.base_id is not None and request.base_id != arrival.before:
+        parents.append(Parent(request.base_id, "base", request.base_name))
+    return Commit(
+        tree=tree,
+        parents=tuple(parents),
+        kind="ingest",
+        message=as_text(request.message or f"ingest {arrival.checkpoint.path.absolute().name}"),
+        author=as_text(request.author or default_author()),
+        time=timestamp_now(),
+        tool=TOOL,
+    )
 
-    from mergepipe.store.usage import stored_bytes_of
 
-    return replace(result, stored_bytes=stored_bytes_of(store, result.commit))
+def _finished(store: Store, result: IngestResult, started: float) -> IngestResult:
+    """The result with what is known only after its publication."""
+    stored = stored_bytes_of(store, result.commit)
+    return replace(result, stored_bytes=stored, elapsed_seconds=round(time.monotonic() - started, 3))

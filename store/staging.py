@@ -50,6 +50,7 @@ class Staging:
             self.path.mkdir()
             write_lease(self.path)
         except OSError as error:
+            shutil.rmtree(self.path, ignore_errors=True)
             raise explain_os_error(error, f"making the writer's folder {self.path}") from error
         remove_abandoned(self.layout.temporary)
         return self

@@ -34,6 +34,7 @@ DATABASES: Final = (
 )  # fmt: skip
 _ENGINE: Final = 0  # LMDB 0.9's file format; 1.0's differs, and only one of them can open a file
 _MAP_BYTES: Final = 64 << 30  # reserved address space, not disk
+_NEARLY_FULL_BYTES: Final = 1 << 20
 _OBJECT_ROW = struct.Struct("<BBBB4xQQQ32s")
 _NO_BASE: Final = bytes(DIGEST_BYTES)
 
@@ -248,10 +249,18 @@ def unix_time() -> int:
     return int(time.time())
 
 
+def _was_short_write(text: str, path: Path) -> bool:
+    """Whether the disk is full: where a write ends there half-way, LMDB says EIO."""
+    if os.strerror(errno.EIO) not in text:
+        return False
+    disk = os.statvfs(path)
+    return disk.f_bavail * disk.f_frsize < _NEARLY_FULL_BYTES
+
+
 def _explain(error: lmdb.Error, path: Path) -> Exception:
     code = error.args[0] if error.args and isinstance(error.args[0], int) else 0
     text = str(error)
-    if isinstance(error, lmdb.DiskError) or "No space left" in text:
+    if isinstance(error, lmdb.DiskError) or "No space left" in text or _was_short_write(text, path):
         return explain_os_error(OSError(errno.ENOSPC, text), "writing the catalog")
     if isinstance(error, (lmdb.CorruptedError, lmdb.InvalidError, lmdb.PageNotFoundError, lmdb.PanicError)):
         return DamagedError(f"the catalog in {path} is damaged: {text}", hint="The objects are not: keep the folder.")

@@ -85,6 +85,11 @@ def create_layout(root: Path, *, block_bytes: int = DEFAULT_BLOCK_BYTES, catalog
     return Layout(root, block_bytes, where)
 
 
+def discard_layout(layout: Layout) -> None:
+    """Take back a store that was just made and whose catalog could not be: the directory is no store any more."""
+    (layout.root / _SETTINGS).unlink(missing_ok=True)
+
+
 def _is_block_size(size: int) -> bool:
     return MINIMUM_BLOCK_BYTES <= size <= MAXIMUM_BLOCK_BYTES and size & (size - 1) == 0
 

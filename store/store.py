@@ -20,8 +20,9 @@ from mergepipe.store.catalog import open_catalog, release_catalog
 from mergepipe.store.chunking import DEFAULT_BLOCK_BYTES
 from mergepipe.store.commits import Commit
 from mergepipe.store.digest import Digest
-from mergepipe.store.errors import NotFoundError
-from mergepipe.store.layout import STORE_DIRECTORY, Layout, create_layout, find_store, read_layout
+from mergepipe.store.errors import MergePipeError, NotFoundError
+from mergepipe.store.filesystem import explain_os_error
+from mergepipe.store.layout import STORE_DIRECTORY, Layout, create_layout, discard_layout, find_store, read_layout
 from mergepipe.store.objects import ObjectReader
 from mergepipe.store.refs import load_commit, resolve
 from mergepipe.store.snapshot import Snapshot
@@ -46,10 +47,18 @@ class Store:
 
         Raises:
             ConflictError: there is one already.
-            EnvironmentalError: the catalog would lie on a network filesystem.
+            EnvironmentalError: the catalog would lie on a network filesystem, or the disk is full, or the like.
         """
         where = Path(catalog) if catalog is not None else None
-        return cls(create_layout(Path(path), block_bytes=block_bytes, catalog=where))
+        try:
+            layout = create_layout(Path(path), block_bytes=block_bytes, catalog=where)
+        except OSError as error:
+            raise explain_os_error(error, f"making the store {path}") from error
+        try:
+            return cls(layout)
+        except MergePipeError:
+            discard_layout(layout)
+            raise
 
     @classmethod
     def open(cls, path: Path | str | None = None) -> Store:

@@ -121,6 +121,25 @@ def test_another_weight_or_parameter_is_another_recipe(family: Store) -> None:
         assert execute(family, other, "merged").cached_blocks == 0
 
 
+@pytest.mark.parametrize("method", ["task_arithmetic", "ties"])
+def test_another_base_is_another_recipe(family: Store, method: str) -> None:
+    execute(family, make_plan(family, method, {"math": 0.75}), "merged")
+    plan = make_plan(family, method, {"math": 0.75}, base="code")
+    result = execute(family, plan, "merged")
+    assert_as_planned(plan, result)
+    assert tree_of(family, result) == tree_of(family, execute(family, plan, "merged", use_cache=False))
+
+
+def test_another_threshold_is_another_recipe_and_another_density_alone_is_not(family: Store) -> None:
+    """Two densities whose k-th largest magnitudes lie in one bin trim alike."""
+    plans = [make_plan(family, "ties", WEIGHTS, density=density) for density in (0.3, 0.6, 0.6000001)]
+    results = [execute(family, plan, "merged") for plan in plans]
+    assert [result.cached_blocks for result in results] == [0, 0, plans[2].costs.computed_blocks]
+    assert plans[1].tensors == plans[2].tensors
+    for plan, result in zip(plans, results, strict=True):
+        assert tree_of(family, result) == tree_of(family, execute(family, plan, "merged", use_cache=False))
+
+
 def test_a_larger_budget_reuses_what_a_smaller_one_computed(family: Store) -> None:
     """Blocks with the same inputs are the same recipe, whatever else was read."""
     small = execute(family, make_plan(family, "ties", WEIGHTS, budget="40%"), "small")

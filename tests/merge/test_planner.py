@@ -129,15 +129,16 @@ def test_what_has_no_bound_is_read_for_an_error_too() -> None:
 
 
 @pytest.mark.parametrize("norm", [math.nan, math.inf])
-@pytest.mark.parametrize("weight", [1.0, 0.0])
+@pytest.mark.parametrize(("weight", "scale"), [(1.0, 1.0), (0.0, 1.0), (1.0, 0.0)])
 @pytest.mark.parametrize("method", METHODS)
-def test_without_a_bound_there_is_no_plan(method: str, weight: float, norm: float) -> None:
-    """Also with a weight of zero: zero times infinity is a NaN."""
+def test_without_a_bound_there_is_no_plan(method: str, weight: float, scale: float, norm: float) -> None:
+    """Also with a weight or a lambda of zero: zero times infinity is a NaN."""
     facts = [tensor_facts("fine", {0: [([0], 1.0, 100)]}), tensor_facts("odd", {2: [([0, 1], norm, 100)]})]
     found = find_method(method)
     own = found.settle({"weight": weight}, "test", per_expert=True)
     experts = [input_named("a", **own), input_named("b", **{**own, "weight": 1.0})]
-    question = (method, experts, found.settle({}, "test", per_expert=False))
+    own = {} if method == "linear" else {"lambda": scale}
+    question = (method, experts, found.settle(own, "test", per_expert=False))
     with pytest.raises(BudgetError, match="no bound exists while 'odd' is not read whole"):
         plan_of(facts, question, Budget(size_bytes=99))
     assert plan_of(facts, question, Budget(size_bytes=100)).tensors["odd"].reads == ((2,), (2,))

@@ -49,7 +49,7 @@ def command(
     found = read_plan(plan)
     with open_store(store) as opened:
         if dry_run:
-            check_plan(opened, found)
+            found = check_plan(opened, found).plan
             if json:
                 say_json(plan_as_json(found))
             else:

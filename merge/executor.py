@@ -68,10 +68,11 @@ def execute(
     """
     started = time.monotonic()
     before = _ref_before(store, ref)
-    base, experts = check_plan(store, plan)
+    checked = check_plan(store, plan)
+    plan, base = checked.plan, checked.base
     with Staging(store.layout, store.catalog) as staging:
         run = Run(store, plan, ObjectReader(store.layout), staging, use_cache)
-        tensors = compute(run, base, experts, workers or default_workers(), progress)
+        tensors = compute(run, base, checked.experts, workers or default_workers(), progress)
         _hold_to_budget(run)
         shards = base.shards if plan.dtype is None else ()
         tree = build_tree(tensors, base.files, shards, lambda data: staging.add_record(Kind.NODE, data))

@@ -41,7 +41,8 @@ class TensorExplanation:
 
 def explain(store: Store, plan: Plan) -> list[TensorExplanation]:
     """All tensors in which an expert differs from the base, in the model's order; the plan is checked first."""
-    base, experts = check_plan(store, plan)
+    checked = check_plan(store, plan)
+    plan, base, experts = checked.plan, checked.base, checked.experts
     names = [item.name for item in plan.experts]
     facts, _ = gather(store, base, experts, names, find_method(plan.method))
     found = []

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
 from mergepipe.merge.build import facts_of
@@ -21,8 +22,20 @@ from mergepipe.store.store import Store
 _AGAIN = "The plan was edited, or made for other objects. Make it again with `mp plan`."
 
 
-def check_plan(store: Store, plan: Plan) -> tuple[Snapshot, list[Snapshot]]:
-    """The inputs' snapshots, where the plan holds. Statistics that this store lacks are made first, as for a new plan.
+@dataclass(frozen=True, slots=True)
+class CheckedPlan:
+    """A plan that holds, with its costs as they are in this store, and the snapshots of its inputs."""
+
+    plan: Plan
+    base: Snapshot
+    experts: list[Snapshot]
+
+
+def check_plan(store: Store, plan: Plan) -> CheckedPlan:
+    """The plan, where it holds. Statistics that this store lacks are made first, as for a new plan.
+
+    What follows from the inputs' content must be as the plan says. Its bytes need not be: another store may keep the
+    same blocks in other encodings. They are counted anew for this one, and the budget is held to that.
 
     Raises:
         NotFoundError: a commit is not in this store.
@@ -37,10 +50,10 @@ def check_plan(store: Store, plan: Plan) -> tuple[Snapshot, list[Snapshot]]:
     experts = [_snapshot(store, item, f"expert {item.name!r}") for item in plan.experts]
     facts = facts_of(store, base, experts, [item.name for item in plan.experts], method)
     try:
-        _check_derived(plan, facts, method)
+        here = _check_derived(plan, facts, method)
     except UsageError as error:
         raise BadInputError(error.message, hint=error.hint or _AGAIN) from error
-    return base, experts
+    return CheckedPlan(here, base, experts)
 
 
 def _check_method(plan: Plan) -> Method:
@@ -80,8 +93,8 @@ def _snapshot(store: Store, item: Input, what: str) -> Snapshot:
         ) from None
 
 
-def _check_derived(plan: Plan, facts: list[TensorFacts], method: Method) -> None:
-    """All but the inputs, the reads and the budget must be what the planner makes of these."""
+def _check_derived(plan: Plan, facts: list[TensorFacts], method: Method) -> Plan:
+    """The plan with its costs here; all but inputs, reads, budget and bytes must be what the planner makes of these."""
     trims = [trim(tensor, method, plan.experts) for tensor in facts]
     items = items_of_model(facts, method, plan.experts, plan.parameters, trims)
     chosen = _chosen(plan, facts, items)
@@ -91,9 +104,12 @@ def _check_derived(plan: Plan, facts: list[TensorFacts], method: Method) -> None
             f"the plan's reads take {honest.costs.expert_bytes} bytes, more than its budget of {plan.budget_bytes}",
             hint=_AGAIN,
         )
-    difference = _difference(honest.as_json(), plan.as_json())
+    bytes_here = {name: getattr(honest.costs, name) for name in ("expert_bytes", "expert_bytes_full", "base_bytes")}
+    here = replace(plan, costs=replace(plan.costs, **bytes_here))
+    difference = _difference(honest.as_json(), here.as_json())
     if difference:
         raise BadInputError(difference, hint=_AGAIN)
+    return here
 
 
 def _chosen(plan: Plan, facts: list[TensorFacts], items: list[Item]) -> set[int]:

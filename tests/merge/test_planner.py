@@ -234,6 +234,19 @@ def test_thresholds_and_counts_are_planned_for_what_is_trimmed() -> None:
     assert plan.kept[1:] == (-1, -1)
 
 
+@pytest.mark.parametrize(("density", "keep"), [(1e-9, 1), (2.9 / 4096, 2), (3 / 4096, 3), (0.001, 4), (0.9999, 4095)])
+def test_a_density_keeps_the_whole_number_below_its_share_and_one_at_least(density: float, keep: int) -> None:
+    """4096 elements of as many magnitudes, so that the count shows what was asked for."""
+    facts = tensor_facts("w", {0: [([0], 1.0, 100)]}, experts=1)
+    histogram = np.zeros(HISTOGRAM_BINS, np.int64)
+    histogram[8000:12096] = 1
+    experts = [input_named("a", weight=1.0, density=density)]
+    question: Question = ("ties", experts, {"lambda": 1.0, "normalize": True})
+    plan = plan_of([replace(facts, histograms=(histogram,))], question, Budget()).tensors["w"]
+    assert plan.kept == (keep,)
+    assert plan.thresholds == ((12096 - keep) << 16,)
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_planning_needs_no_store(hurt_family: Store, method: str) -> None:
     """The facts are all that there is: the plan is the same when the store is gone."""

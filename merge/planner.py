@@ -17,6 +17,8 @@ from mergepipe.merge.method import Coefficients, Method, Value
 from mergepipe.merge.methods import find_method
 from mergepipe.merge.plan import Bound, Costs, Input, Plan, TensorPlan
 from mergepipe.merge.selection import sequence, within_bytes, within_error
+from mergepipe.store.chunking import MAXIMUM_BLOCK_BYTES
+from mergepipe.store.dtypes import DTYPES, DType
 from mergepipe.store.errors import BudgetError, UsageError
 
 _INFINITE_BIN: Final = 0x7F80
@@ -84,7 +86,10 @@ def complete(
 
     Raises:
         BudgetError: no bound exists for what is not chosen.
+        UsageError: blocks would become larger than blocks can be.
     """
+    if draft.dtype is not None:
+        _check_block_sizes(facts, DTYPES[draft.dtype])
     unread = [item for number, item in enumerate(items) if number not in chosen]
     bound = _bound(items, unread)
     if not math.isfinite(bound.absolute):
@@ -98,6 +103,19 @@ def complete(
     everywhere = draft.dtype is not None or not keeps_base(find_method(draft.method), draft.experts, draft.parameters)
     tensors, costs = _tensor_plans(facts, reads, trims, unread, full, sum_bytes(items, chosen), everywhere=everywhere)
     return replace(draft, tensors=tensors, costs=costs, bound=bound)
+
+
+def _check_block_sizes(facts: Sequence[TensorFacts], dtype: DType) -> None:
+    """A result is cut as its base is, so blocks of a wider type are larger; raises UsageError past the limit."""
+    for tensor in facts:
+        entry = tensor.entry
+        if entry.blocks and entry.element_type.has_statistics:
+            size = entry.block_span(0)[1] * dtype.bits // entry.element_type.bits
+            if size > MAXIMUM_BLOCK_BYTES:
+                raise UsageError(
+                    f"as {dtype.name}, a block of {tensor.name!r} would have {size} bytes, over {MAXIMUM_BLOCK_BYTES}",
+                    hint="Merge in the base's own type, and convert with `mp export --dtype`.",
+                )
 
 
 def coefficients_of(

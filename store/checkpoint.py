@@ -83,10 +83,7 @@ class OpenFile:
     def check_unchanged(self) -> None:
         """Raises BadInputError where the file was written to since it was opened."""
         if self._now() != self.stamp:
-            raise BadInputError(
-                f"{self.path}: the file changed while it was being read",
-                hint="Ingest it again when it is at rest.",
-            )
+            raise _changed(self.path)
 
     def close(self) -> None:
         os.close(self._descriptor)
@@ -352,8 +349,14 @@ def is_safe_path(name: str) -> bool:
 
 
 def _add_safetensors(checkpoint: Checkpoint, path: Path, name: str) -> None:
+    import numpy as np
+
     header = read_header(path)
     file = checkpoint.open_file(path)
+    head = np.empty(len(header.raw), np.uint8)
+    file.read_into(0, head)
+    if head.tobytes() != header.raw:
+        raise _changed(path)
     for entry in header.entries:
         _add_tensor(checkpoint, entry.name, FileTensor(entry.dtype, entry.shape, file, len(header.raw) + entry.begin))
     checkpoint.shards.append(SourceShard(name, header))
@@ -367,6 +370,12 @@ def _add_torch(checkpoint: Checkpoint, path: Path) -> None:
     checkpoint.notes += notes
     for name, source in tensors.items():
         _add_tensor(checkpoint, name, source)
+
+
+def _changed(path: Path) -> BadInputError:
+    return BadInputError(
+        f"{path}: the file changed while it was being read", hint="Ingest it again when it is at rest."
+    )
 
 
 def _add_tensor(checkpoint: Checkpoint, name: str, source: TensorSource) -> None:

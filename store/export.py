@@ -132,7 +132,7 @@ def _layout(snapshot: Snapshot, max_shard_bytes: int | None, dtype: str | None) 
     if dtype is not None:
         target = check_conversion(dtype)
     if snapshot.shards and max_shard_bytes is None and target is None:
-        return [_OutputShard(shard.path, _kept_header(snapshot, shard.path, shard.header)) for shard in snapshot.shards]
+        return _kept_layout(snapshot)
     limit = max_shard_bytes or DEFAULT_SHARD_BYTES
     groups: list[list[tuple[str, DType, tuple[int, ...]]]] = [[]]
     filled = 0
@@ -153,6 +153,16 @@ def _layout(snapshot: Snapshot, max_shard_bytes: int | None, dtype: str | None) 
     )
     metadata = _common_metadata(snapshot)
     return [_OutputShard(name, build_header(group, metadata)) for name, group in zip(names, groups, strict=True)]
+
+
+def _kept_layout(snapshot: Snapshot) -> list[_OutputShard]:
+    """The files as they came; raises DamagedError where a tensor is in none of them."""
+    shards = [_OutputShard(shard.path, _kept_header(snapshot, shard.path, shard.header)) for shard in snapshot.shards]
+    held = {item.name for shard in shards for item in shard.header.entries}
+    for name in snapshot.tensors:
+        if name not in held:
+            raise DamagedError(f"tensor {name!r} is in none of the files that the commit names")
+    return shards
 
 
 def _kept_header(snapshot: Snapshot, path: str, entry: FileEntry) -> SafetensorsHeader:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import pickle
 import warnings
 from dataclasses import dataclass
@@ -31,10 +32,17 @@ class TorchTensor:
     def read_into(self, start: int, out: Bytes) -> None:
         import torch
 
-        plain = self.tensor.detach().resolve_conj().resolve_neg().contiguous()  # itself, where it is plain already
+        if not out.nbytes:
+            return
+        tensor = self.tensor.detach().reshape(1) if not self.shape else self.tensor.detach()
+        row_bytes = math.prod(self.shape[1:]) * self.dtype.bits // 8
+        first, last = start // row_bytes, -(-(start + out.nbytes) // row_bytes)
+        # Only these rows are laid out anew where the tensor is a view of others' elements; else nothing is.
+        rows = tensor[first:last].resolve_conj().resolve_neg().contiguous()
         # Not reshape(-1): a single element keeps a stride other than 1 through that, and cannot be viewed as bytes.
-        data = plain.as_strided((plain.numel(),), (1,)).view(torch.uint8).numpy()
-        out[:] = data[start : start + out.nbytes]
+        data = rows.as_strided((rows.numel(),), (1,)).view(torch.uint8).numpy()
+        begin = start - first * row_bytes
+        out[:] = data[begin : begin + out.nbytes]
 
     def prefetch(self, start: int, size: int) -> None:
         """Nothing: the mapping is read as it is touched."""

@@ -171,22 +171,22 @@ def test_a_known_result_that_was_harmed_is_computed_again(hurt_family: Store, ha
     assert_clean(hurt_family)
 
 
-def test_threads_do_not_matter(family: Store) -> None:
+def test_threads_do_not_matter(shared_family: Store) -> None:
     for method in METHODS:
-        plan = make_plan(family, method, WEIGHTS, budget="70%")
-        results = [execute(family, plan, f"merged{n}", workers=n, use_cache=False) for n in (1, 2, 7)]
-        assert len({tree_of(family, result) for result in results}) == 1
+        plan = make_plan(shared_family, method, WEIGHTS, budget="70%")
+        results = [execute(shared_family, plan, f"merged{n}", workers=n, use_cache=False) for n in (1, 2, 7)]
+        assert len({tree_of(shared_family, result) for result in results}) == 1
         for result in results:
             assert_as_planned(plan, result)
 
 
-def test_progress_goes_from_nothing_to_all(family: Store) -> None:
-    plan = make_plan(family, "linear", WEIGHTS, budget="50%")
-    total = sum(family.snapshot("base").entry(name).nbytes for name in plan.tensors)
+def test_progress_goes_from_nothing_to_all(shared_family: Store) -> None:
+    plan = make_plan(shared_family, "linear", WEIGHTS, budget="50%")
+    total = sum(shared_family.snapshot("base").entry(name).nbytes for name in plan.tensors)
     seen: list[tuple[str, int, int]] = []
     for _ in range(2):  # computed, and known from before
         seen.clear()
-        execute(family, plan, "merged", workers=3, progress=lambda *step: seen.append(step))
+        execute(shared_family, plan, "merged", workers=3, progress=lambda *step: seen.append(step))
         assert {(stage, size) for stage, _, size in seen} == {("merge", total)}
         assert [done for _, done, _ in seen] == sorted(done for _, done, _ in seen)
         assert seen[-1][1] == total

@@ -54,16 +54,18 @@ def test_a_value_as_text(text: str, value: float | bool) -> None:
     assert type(found) is type(value)
 
 
-def test_parameters_are_shared_by_experts_that_have_none_of_their_own(family: Store) -> None:
-    plan = make_plan(family, "ties", {"math": {"weight": 0.6}, "code": {"density": 0.5}}, density=0.25, weight=2.0)
+def test_parameters_are_shared_by_experts_that_have_none_of_their_own(shared_family: Store) -> None:
+    plan = make_plan(
+        shared_family, "ties", {"math": {"weight": 0.6}, "code": {"density": 0.5}}, density=0.25, weight=2.0
+    )
     assert plan.experts[0].parameters == {"weight": 0.6, "density": 0.25}
     assert plan.experts[1].parameters == {"weight": 2.0, "density": 0.5}
     assert plan.parameters == {"lambda": 1.0, "normalize": True}
 
 
 @pytest.mark.parametrize(("name", "dtype"), [("bf16", "BF16"), ("float32", "F32"), ("F16", "F16"), (None, None)])
-def test_types_by_their_usual_names(family: Store, name: str | None, dtype: str | None) -> None:
-    assert make_plan(family, "linear", {"math": 1.0}, dtype=name).dtype == dtype
+def test_types_by_their_usual_names(shared_family: Store, name: str | None, dtype: str | None) -> None:
+    assert make_plan(shared_family, "linear", {"math": 1.0}, dtype=name).dtype == dtype
 
 
 def test_names_are_pinned_to_commits(family: Store, tmp_path: Path) -> None:
@@ -103,14 +105,14 @@ ONE: Mapping[str, Any] = {"math": 1.0}
     ],
 )
 def test_a_question_that_cannot_be_answered_says_why(
-    family: Store, experts: Any, options: Any, kind: type[MergePipeError], match: str, hint: str | None
+    shared_family: Store, experts: Any, options: Any, kind: type[MergePipeError], match: str, hint: str | None
 ) -> None:
-    before = state_of(family)
+    before = state_of(shared_family)
     with pytest.raises(kind, match=match) as caught:
-        make_plan(family, **{"method": "ties", "experts": experts, **options})
+        make_plan(shared_family, **{"method": "ties", "experts": experts, **options})
     assert type(caught.value) is kind
     assert hint is None or hint in str(caught.value.hint)
-    assert state_of(family) == before
+    assert state_of(shared_family) == before
 
 
 def changed(weights: Weights, **tensors: Any) -> Weights:
@@ -137,13 +139,13 @@ NORM = "model.norm.weight"
 )
 @pytest.mark.parametrize("method", METHODS)
 def test_an_expert_that_does_not_fit_is_named_with_its_tensors(
-    family: Store, tmp_path: Path, method: str, expert: Weights, match: str
+    shared_family: Store, tmp_path: Path, method: str, expert: Weights, match: str
 ) -> None:
-    ingest_model(family, tmp_path, "odd", expert)
-    before = state_of(family)
+    ingest_model(shared_family, tmp_path, "odd", expert)
+    before = state_of(shared_family)
     with pytest.raises(BadInputError, match=f"expert 'odd' does not fit the base: .*{match}"):
-        make_plan(family, method, {"math": 1.0, "odd": 1.0})
-    assert state_of(family) == before
+        make_plan(shared_family, method, {"math": 1.0, "odd": 1.0})
+    assert state_of(shared_family) == before
 
 
 def test_a_base_with_other_tensors_is_no_base(family: Store, tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -175,22 +176,24 @@ def l2(a: np.ndarray, b: np.ndarray) -> float:
 
 
 @pytest.fixture
-def merge_both(store: Store, fresh: Callable[[], Path]) -> Callable[[Family], tuple[Plan, Weights, Weights]]:
+def merge_both(shared_store: Store, fresh: Callable[[], Path]) -> Callable[[Family], tuple[Plan, Weights, Weights]]:
     """Ingests a family under names of its own, and merges it under its budget and in full."""
 
     def run(family: Family) -> tuple[Plan, Weights, Weights]:
         folder = fresh()
         names = {name: f"{folder.name}-{name}" for name in family.experts}
         experts = {names[name]: weights for name, weights in family.experts.items()}
-        ingest_family(store, folder, family.base, experts, base_name=f"{folder.name}-base")
+        ingest_family(shared_store, folder, family.base, experts, base_name=f"{folder.name}-base")
         settings = {names[name]: own for name, own in family.settings.items()}
-        question = {"base": f"{folder.name}-base", "dtype": family.dtype, **family.parameters}
-        plan = make_plan(store, family.method, settings, budget=family.budget, max_error=family.max_error, **question)
-        result = execute(store, plan, f"{folder.name}-some", use_cache=False)
+        question: dict[str, Any] = {"base": f"{folder.name}-base", "dtype": family.dtype, **family.parameters}
+        plan = make_plan(
+            shared_store, family.method, settings, budget=family.budget, max_error=family.max_error, **question
+        )
+        result = execute(shared_store, plan, f"{folder.name}-some", use_cache=False)
         assert result.expert_bytes_read == plan.costs.expert_bytes
         assert result.base_bytes_read == plan.costs.base_bytes
-        merge(store, family.method, settings, f"{folder.name}-all", **question)
-        return plan, weights_of(store, f"{folder.name}-some"), weights_of(store, f"{folder.name}-all")
+        merge(shared_store, family.method, settings, f"{folder.name}-all", **question)
+        return plan, weights_of(shared_store, f"{folder.name}-some"), weights_of(shared_store, f"{folder.name}-all")
 
     return run
 
@@ -214,7 +217,7 @@ def test_the_truth_is_within_the_bound(
         assert plan.bound.relative <= family.max_error * (1 + 1e-9)
 
 
-def test_exports_are_what_the_bound_speaks_of(store: Store, tmp_path: Path) -> None:
+def test_exports_are_what_the_bound_speaks_of(shared_store: Store, tmp_path: Path) -> None:
     """The same, through files as others read them."""
     generator = np.random.default_rng(0)
     base: Weights = {f"layers.{n}.weight": generator.standard_normal((64, 64)).astype(np.float32) for n in range(3)}
@@ -224,15 +227,15 @@ def test_exports_are_what_the_bound_speaks_of(store: Store, tmp_path: Path) -> N
         }
         for k in range(3)
     }
-    ingest_family(store, tmp_path, base, experts)
+    ingest_family(shared_store, tmp_path, base, experts)
     settings = {"expert0": 0.5, "expert1": -0.25, "expert2": 1.0}
-    merge(store, "task_arithmetic", settings, "all")
-    store.snapshot("all").export(tmp_path / "all")
+    merge(shared_store, "task_arithmetic", settings, "all")
+    shared_store.snapshot("all").export(tmp_path / "all")
     full = load_file(tmp_path / "all" / "model.safetensors")
     for budget in ("0%", "20%", "50%", "80%"):
-        plan = make_plan(store, "task_arithmetic", settings, budget=budget)
-        execute(store, plan, "some")
-        store.snapshot("some").export(tmp_path / "some", force=True)
+        plan = make_plan(shared_store, "task_arithmetic", settings, budget=budget)
+        execute(shared_store, plan, "some")
+        shared_store.snapshot("some").export(tmp_path / "some", force=True)
         some = load_file(tmp_path / "some" / "model.safetensors")
         truth = math.sqrt(sum(l2(some[name], full[name]) ** 2 for name in full))
         assert 0 < truth <= plan.bound.absolute * (1 + 1e-6)
@@ -240,41 +243,43 @@ def test_exports_are_what_the_bound_speaks_of(store: Store, tmp_path: Path) -> N
             assert l2(some[name], full[name]) <= tensor.bound * (1 + 1e-6) + 1e-5, name
 
 
-def test_the_bound_of_one_expert_is_the_distance_itself(store: Store, tmp_path: Path) -> None:
+def test_the_bound_of_one_expert_is_the_distance_itself(shared_store: Store, tmp_path: Path) -> None:
     """It is no vaguer than it must be: one delta left out is off by its norm, to a few parts in a million."""
     base = {"w": np.zeros((64, 64), np.float32)}
     tuned = {"w": np.random.default_rng(0).standard_normal((64, 64)).astype(np.float32)}
-    ingest_family(store, tmp_path, base, {"tuned": tuned})
-    plan = make_plan(store, "task_arithmetic", {"tuned": 0.5}, budget="50%")
-    execute(store, plan, "some")
-    merge(store, "task_arithmetic", {"tuned": 0.5}, "all")
-    truth = l2(weights_of(store, "some")["w"], weights_of(store, "all")["w"])
+    ingest_family(shared_store, tmp_path, base, {"tuned": tuned})
+    plan = make_plan(shared_store, "task_arithmetic", {"tuned": 0.5}, budget="50%")
+    execute(shared_store, plan, "some")
+    merge(shared_store, "task_arithmetic", {"tuned": 0.5}, "all")
+    truth = l2(weights_of(shared_store, "some")["w"], weights_of(shared_store, "all")["w"])
     assert truth <= plan.bound.absolute <= truth * (1 + 1e-5)
 
 
-def test_deltas_whose_squares_vanish_are_bounded_still(store: Store, tmp_path: Path) -> None:
+def test_deltas_whose_squares_vanish_are_bounded_still(shared_store: Store, tmp_path: Path) -> None:
     base = {"w": np.zeros(3000, np.float32)}
-    ingest_family(store, tmp_path, base, {"tuned": {"w": np.full(3000, 1e-30, np.float32)}})
-    plan = make_plan(store, "task_arithmetic", {"tuned": 1.0}, budget="0%")
+    ingest_family(shared_store, tmp_path, base, {"tuned": {"w": np.full(3000, 1e-30, np.float32)}})
+    plan = make_plan(shared_store, "task_arithmetic", {"tuned": 1.0}, budget="0%")
     assert plan.bound.absolute >= math.sqrt(3000) * 1e-30
     assert plan.bound.absolute < 1e-15
 
 
 @pytest.mark.parametrize("odd", [math.nan, math.inf, -math.inf, 1e30])
 @pytest.mark.parametrize("method", METHODS)
-def test_without_a_bound_a_tensor_is_read_or_named(store: Store, tmp_path: Path, method: str, odd: float) -> None:
+def test_without_a_bound_a_tensor_is_read_or_named(
+    shared_store: Store, tmp_path: Path, method: str, odd: float
+) -> None:
     """1e30 is finite, but its square is no float32."""
     base: Weights = {"fine": np.zeros(3000, np.float32), "odd": np.zeros(3000, np.float32)}
     tuned = {name: weights + np.float32(1e-3) for name, weights in base.items()}
     tuned["odd"][17] = odd
-    ingest_family(store, tmp_path, base, {"tuned": tuned})
+    ingest_family(shared_store, tmp_path, base, {"tuned": tuned})
     with pytest.raises(BudgetError, match="no bound exists while 'odd' is not read whole"):
-        make_plan(store, method, {"tuned": 1.0}, budget="10%")
-    some = make_plan(store, method, {"tuned": 1.0}, budget="99%")
+        make_plan(shared_store, method, {"tuned": 1.0}, budget="10%")
+    some = make_plan(shared_store, method, {"tuned": 1.0}, budget="99%")
     assert 0 in some.tensors["odd"].reads[0]
-    merge(store, method, {"tuned": 1.0}, "all")
-    execute(store, some, "some")
-    full, found = weights_of(store, "all"), weights_of(store, "some")
+    merge(shared_store, method, {"tuned": 1.0}, "all")
+    execute(shared_store, some, "some")
+    full, found = weights_of(shared_store, "all"), weights_of(shared_store, "some")
     assert np.isinf(full["odd"][17]) == np.isinf(odd) or method == "ties"
     assert bits(found["odd"][:1024]) == bits(full["odd"][:1024])
     assert (

@@ -53,10 +53,10 @@ def planned_blocks(store: Store, plan: Plan) -> tuple[set[Digest], set[Digest]]:
 @pytest.mark.parametrize("budget", [None, "0", "15%", "50%", "100%"])
 @pytest.mark.parametrize("method", METHODS)
 def test_what_is_measured_is_what_was_planned(
-    family: Store, method: str, budget: str | None, dtype: str | None
+    shared_family: Store, method: str, budget: str | None, dtype: str | None
 ) -> None:
-    plan = make_plan(family, method, WEIGHTS, budget=budget, dtype=dtype)
-    result = execute(family, plan, "merged", use_cache=False)
+    plan = make_plan(shared_family, method, WEIGHTS, budget=budget, dtype=dtype)
+    result = execute(shared_family, plan, "merged", use_cache=False)
     assert result.expert_bytes_read == plan.costs.expert_bytes
     assert result.base_bytes_read == plan.costs.base_bytes
     assert result.computed_blocks == plan.costs.computed_blocks
@@ -100,9 +100,9 @@ CHILD = """
 """
 
 
-def test_the_files_that_are_opened_have_the_measured_bytes(family: Store) -> None:
+def test_the_files_that_are_opened_have_the_measured_bytes(shared_family: Store) -> None:
     """Counted from outside of the reader: each file that Python opens below ``objects/``."""
-    run_python(CHILD, family.layout.root)
+    run_python(CHILD, shared_family.layout.root)
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -142,18 +142,20 @@ def test_blocks_that_nothing_touches_are_the_bases_own(family: Store, method: st
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_a_full_budget_is_the_full_merge(family: Store, method: str) -> None:
-    free = execute(family, make_plan(family, method, WEIGHTS), "free", use_cache=False)
-    full = execute(family, make_plan(family, method, WEIGHTS, budget="100%"), "full", use_cache=False)
-    exact = execute(family, make_plan(family, method, WEIGHTS, max_error=0.0), "exact", use_cache=False)
-    trees = {family.commit(result.commit).tree for result in (free, full, exact)}
+def test_a_full_budget_is_the_full_merge(shared_family: Store, method: str) -> None:
+    free = execute(shared_family, make_plan(shared_family, method, WEIGHTS), "free", use_cache=False)
+    full = execute(shared_family, make_plan(shared_family, method, WEIGHTS, budget="100%"), "full", use_cache=False)
+    exact = execute(shared_family, make_plan(shared_family, method, WEIGHTS, max_error=0.0), "exact", use_cache=False)
+    trees = {shared_family.commit(result.commit).tree for result in (free, full, exact)}
     assert len(trees) == 1
 
 
-def test_no_budget_at_all_is_the_base(family: Store) -> None:
+def test_no_budget_at_all_is_the_base(shared_family: Store) -> None:
     for method in METHODS:
-        result = execute(family, make_plan(family, method, WEIGHTS, budget="0"), "merged", use_cache=False)
-        assert family.commit(result.commit).tree == family.commit(family.resolve("base")).tree
+        result = execute(
+            shared_family, make_plan(shared_family, method, WEIGHTS, budget="0"), "merged", use_cache=False
+        )
+        assert shared_family.commit(result.commit).tree == shared_family.commit(shared_family.resolve("base")).tree
         assert result.expert_bytes_read == result.base_bytes_read == result.computed_blocks == 0
 
 
@@ -186,18 +188,20 @@ def test_a_commit_says_what_it_was_made_from(family: Store) -> None:
     assert family.commit(second.commit).message == "linear of math:1 on base"
 
 
-def test_descriptions(family: Store) -> None:
-    plan = make_plan(family, "ties", {"math": 0.75, "code": -0.5})
+def test_descriptions(shared_family: Store) -> None:
+    plan = make_plan(shared_family, "ties", {"math": 0.75, "code": -0.5})
     assert describe(plan) == "ties of math:0.75 and code:-0.5 on base"
     assert describe(replace(plan, experts=(*plan.experts, plan.experts[0]))) == (
         "ties of math:0.75, code:-0.5 and math:0.75 on base"
     )
 
 
-def test_files_come_from_the_base(family: Store) -> None:
-    merge(family, "linear", WEIGHTS)
-    assert family.snapshot("merged").files == family.snapshot("base").files
-    assert family.snapshot("merged").read_file("config.json") == family.snapshot("base").read_file("config.json")
+def test_files_come_from_the_base(shared_family: Store) -> None:
+    merge(shared_family, "linear", WEIGHTS)
+    assert shared_family.snapshot("merged").files == shared_family.snapshot("base").files
+    assert shared_family.snapshot("merged").read_file("config.json") == shared_family.snapshot("base").read_file(
+        "config.json"
+    )
 
 
 @pytest.mark.parametrize("dtype", [None, "F32", "F16"])
@@ -225,12 +229,12 @@ def test_a_tag_does_not_move(family: Store) -> None:
 
 
 @pytest.mark.parametrize("name", ["", "..", "a/../b", "/abs", "a b", "a~1", "x" * 300, "a.lock", "-f"])
-def test_a_name_that_no_ref_can_have(family: Store, name: str) -> None:
-    plan = make_plan(family, "linear", {"math": 1.0})
-    before = state_of(family)
+def test_a_name_that_no_ref_can_have(shared_family: Store, name: str) -> None:
+    plan = make_plan(shared_family, "linear", {"math": 1.0})
+    before = state_of(shared_family)
     with pytest.raises(UsageError, match="cannot be a ref's name"):
-        execute(family, plan, name)
-    assert state_of(family) == before
+        execute(shared_family, plan, name)
+    assert state_of(shared_family) == before
 
 
 def test_a_plan_of_another_store(family: Store, make_store: Any, tmp_path: Path) -> None:
@@ -249,7 +253,7 @@ def test_a_ref_that_moves_meanwhile_is_a_conflict(family: Store) -> None:
     execute(family, make_plan(family, "linear", {"math": 1.0}), "merged")
     seen, other = family.resolve("merged"), family.resolve("code")
     plan = make_plan(family, "ties", WEIGHTS)
-    moved = []
+    moved: list[int] = []
 
     def progress(_stage: str, done: int, _total: int) -> None:
         if not moved:

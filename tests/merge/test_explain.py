@@ -71,9 +71,9 @@ def test_reasons(store: Store, tmp_path: Path) -> None:
     assert explain(store, whole)[0].experts[0].reason == "read whole"
 
 
-def test_an_edited_plan_is_not_explained(family: Store) -> None:
+def test_an_edited_plan_is_not_explained(shared_family: Store) -> None:
     from dataclasses import replace
 
-    plan = make_plan(family, "linear", {"math": 1.0}, budget="30%")
+    plan = make_plan(shared_family, "linear", {"math": 1.0}, budget="30%")
     with pytest.raises(BadInputError):
-        explain(family, replace(plan, bound=replace(plan.bound, absolute=0.0)))
+        explain(shared_family, replace(plan, bound=replace(plan.bound, absolute=0.0)))

@@ -17,7 +17,7 @@ def all_kinds_of_float32() -> NDArray[np.uint32]:
     """Every upper half, with lower halves around the middle between two bfloat16s: all that rounding can meet."""
     upper = np.arange(1 << 16, dtype=np.uint32) << 16
     lower = np.array([0, 1, 0x7FFF, 0x8000, 0x8001, 0xFFFF], np.uint32)
-    return (upper[:, None] | lower).reshape(-1)
+    return np.asarray((upper[:, None] | lower).reshape(-1), np.uint32)
 
 
 def test_rounding_to_bfloat16_is_that_of_torch() -> None:

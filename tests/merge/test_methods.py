@@ -85,18 +85,18 @@ TYPES = [
 
 
 def run(
-    store: Store, folder: Path, case: Case, method: str, reference: Callable[..., torch.Tensor]
+    shared_store: Store, folder: Path, case: Case, method: str, reference: Callable[..., torch.Tensor]
 ) -> dict[str, tuple[NDArray[np.generic], torch.Tensor]]:
     """Merge for real and by the reference; for each tensor the result as stored, and the reference in float32."""
     base, experts = models(case.base, case.experts)
-    ingest_family(store, folder, base, experts)
+    ingest_family(shared_store, folder, base, experts)
     settings: dict[str, dict[str, float]] = {}
     for number, name in enumerate(experts):
         settings[name] = {"weight": case.weights[number]}
         if case.densities:
             settings[name]["density"] = case.densities[number]
-    merge(store, method, settings, dtype=case.dtype, **case.parameters)
-    results = weights_of(store, "merged")
+    merge(shared_store, method, settings, dtype=case.dtype, **case.parameters)
+    results = weights_of(shared_store, "merged")
     found = {}
     for name in base:
         inputs = [as_torch(weights[name]) for weights in experts.values()]
@@ -136,8 +136,8 @@ def task_arithmetic(base: torch.Tensor, experts: list[torch.Tensor], case: Case)
     ],
     ids=str,
 )
-def test_linear_is_the_weighted_average(store: Store, tmp_path: Path, case: Case) -> None:
-    for name, (result, expected) in run(store, tmp_path, case, "linear", linear).items():
+def test_linear_is_the_weighted_average(shared_store: Store, tmp_path: Path, case: Case) -> None:
+    for name, (result, expected) in run(shared_store, tmp_path, case, "linear", linear).items():
         assert bits(result) == rounded(expected, case.out), name
 
 
@@ -157,8 +157,8 @@ def test_linear_is_the_weighted_average(store: Store, tmp_path: Path, case: Case
     ],
     ids=str,
 )
-def test_task_arithmetic_adds_the_weighted_deltas(store: Store, tmp_path: Path, case: Case) -> None:
-    for name, (result, expected) in run(store, tmp_path, case, "task_arithmetic", task_arithmetic).items():
+def test_task_arithmetic_adds_the_weighted_deltas(shared_store: Store, tmp_path: Path, case: Case) -> None:
+    for name, (result, expected) in run(shared_store, tmp_path, case, "task_arithmetic", task_arithmetic).items():
         assert bits(result) == rounded(expected, case.out), name
 
 
@@ -224,13 +224,15 @@ TIES = [
 
 
 @pytest.mark.parametrize("case", TIES, ids=str)
-def test_ties_trims_elects_and_merges(store: Store, tmp_path: Path, case: Case) -> None:
-    for name, (result, expected) in run(store, tmp_path, case, "ties", ties_at_bins).items():
+def test_ties_trims_elects_and_merges(shared_store: Store, tmp_path: Path, case: Case) -> None:
+    for name, (result, expected) in run(shared_store, tmp_path, case, "ties", ties_at_bins).items():
         assert bits(result) == rounded(expected, case.out), name
 
 
 @pytest.mark.parametrize("case", [case for case in TIES if case.densities and case.dtype == "F32"], ids=str)
-def test_ties_differs_from_an_exact_top_k_in_the_threshold_bin_alone(store: Store, tmp_path: Path, case: Case) -> None:
+def test_ties_differs_from_an_exact_top_k_in_the_threshold_bin_alone(
+    shared_store: Store, tmp_path: Path, case: Case
+) -> None:
     unclear: dict[str, torch.Tensor] = {}
 
     def exact(base: torch.Tensor, experts: list[torch.Tensor], case: Case) -> torch.Tensor:
@@ -246,52 +248,55 @@ def test_ties_differs_from_an_exact_top_k_in_the_threshold_bin_alone(store: Stor
         unclear[str(tuple(base.shape))] = doubtful
         return elect_and_merge(base, deltas, case)
 
-    for name, (result, expected) in run(store, tmp_path, case, "ties", exact).items():
+    for name, (result, expected) in run(shared_store, tmp_path, case, "ties", exact).items():
         same = result.view(np.uint32) == expected.numpy().view(np.uint32)
         assert bool((same | unclear[str(result.shape)].numpy()).all()), name
 
 
-def test_ties_elects_plus_where_the_sum_is_zero(store: Store, tmp_path: Path) -> None:
+def test_ties_elects_plus_where_the_sum_is_zero(shared_store: Store, tmp_path: Path) -> None:
     """Two experts that pull exactly as far in both directions: the positive one wins, in either order."""
     base = {"w": np.zeros((2, 4), np.float32)}
     up = {"w": np.array([[1, 0, 0.5, -0.0], [2, 1, 1, 0]], np.float32)}
     down = {"w": np.array([[-1, 0, -0.5, 0], [-2, 1, -2, 0]], np.float32)}
-    ingest_family(store, tmp_path, base, {"up": up, "down": down})
+    ingest_family(shared_store, tmp_path, base, {"up": up, "down": down})
     expected = np.array([[1, 0, 0.5, 0], [2, 1, -2, 0]], np.float32)
     for order in (["up", "down"], ["down", "up"]):
-        merge(store, "ties", dict.fromkeys(order, 1.0))
-        np.testing.assert_array_equal(weights_of(store, "merged")["w"], expected)
+        merge(shared_store, "ties", dict.fromkeys(order, 1.0))
+        np.testing.assert_array_equal(weights_of(shared_store, "merged")["w"], expected)
 
 
-def test_ties_divides_by_the_weights_that_agree(store: Store, tmp_path: Path) -> None:
+def test_ties_divides_by_the_weights_that_agree(shared_store: Store, tmp_path: Path) -> None:
     """A mean over those that agree, 1 where none does; and their sum without ``normalize``."""
     base = {"w": np.full((1, 3), 10, np.float32)}
     first = {"w": np.array([[14, 10, 12]], np.float32)}
     second = {"w": np.array([[9, 10, 16]], np.float32)}
-    ingest_family(store, tmp_path, base, {"first": first, "second": second})
-    merge(store, "ties", {"first": 3.0, "second": 1.0})
-    np.testing.assert_array_equal(weights_of(store, "merged")["w"], [[14, 10, 10 + (3 * 2 + 6) / 4]])
-    merge(store, "ties", {"first": 3.0, "second": 1.0}, normalize=False)
-    np.testing.assert_array_equal(weights_of(store, "merged")["w"], [[22, 10, 22]])
+    ingest_family(shared_store, tmp_path, base, {"first": first, "second": second})
+    merge(shared_store, "ties", {"first": 3.0, "second": 1.0})
+    np.testing.assert_array_equal(weights_of(shared_store, "merged")["w"], [[14, 10, 10 + (3 * 2 + 6) / 4]])
+    merge(shared_store, "ties", {"first": 3.0, "second": 1.0}, normalize=False)
+    np.testing.assert_array_equal(weights_of(shared_store, "merged")["w"], [[22, 10, 22]])
 
 
-def test_float64_weights_are_subtracted_before_they_are_rounded(store: Store, tmp_path: Path) -> None:
+def test_float64_weights_are_subtracted_before_they_are_rounded(shared_store: Store, tmp_path: Path) -> None:
     """In float32 these weights are equal to the base's, and their delta would be zero."""
     base = {"w": np.array([1.0, 2.0, 3.0])}
-    ingest_family(store, tmp_path, base, {"tuned": {"w": base["w"] + [1e-9, 0, -2e-9]}})
-    merge(store, "task_arithmetic", {"tuned": 1e6})
+    ingest_family(shared_store, tmp_path, base, {"tuned": {"w": base["w"] + [1e-9, 0, -2e-9]}})
+    merge(shared_store, "task_arithmetic", {"tuned": 1e6})
     delta = ((base["w"] + [1e-9, 0, -2e-9]) - base["w"]).astype(np.float32)
     expected = base["w"].astype(np.float32) + np.float32(1e6) * delta
-    np.testing.assert_array_equal(weights_of(store, "merged")["w"], expected.astype(np.float64))
+    np.testing.assert_array_equal(weights_of(shared_store, "merged")["w"], expected.astype(np.float64))
 
 
-def test_a_method_takes_equal_bits_of_two_types_for_what_they_are(store: Store, tmp_path: Path) -> None:
+def test_a_method_takes_equal_bits_of_two_types_for_what_they_are(shared_store: Store, tmp_path: Path) -> None:
     """A block's id says nothing of its type: the same bytes as bfloat16 and as float16 are read once, and differ."""
     base = {"w": np.zeros((8, 8), np.float32).astype(NUMPY["BF16"])}
     pattern = np.arange(64, dtype=np.uint16).reshape(8, 8) + 0x3C00
     experts = {"bf16": {"w": pattern.view(NUMPY["BF16"])}, "f16": {"w": pattern.view(np.float16)}}
-    ingest_family(store, tmp_path, base, experts)
-    result = merge(store, "linear", {"bf16": 1.0, "f16": 1.0}, normalize=False, dtype="F32")
+    ingest_family(shared_store, tmp_path, base, experts)
+    result = merge(shared_store, "linear", {"bf16": 1.0, "f16": 1.0}, normalize=False, dtype="F32")
     expected = pattern.view(NUMPY["BF16"]).astype(np.float32) + pattern.view(np.float16).astype(np.float32)
-    np.testing.assert_array_equal(weights_of(store, "merged")["w"], expected)
-    assert result.expert_bytes_read == store.reader.read_header(store.snapshot("f16").entry("w").blocks[0]).stored_bytes
+    np.testing.assert_array_equal(weights_of(shared_store, "merged")["w"], expected)
+    assert (
+        result.expert_bytes_read
+        == shared_store.reader.read_header(shared_store.snapshot("f16").entry("w").blocks[0]).stored_bytes
+    )

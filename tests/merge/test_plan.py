@@ -157,7 +157,7 @@ OBJECTS = [
     ("bound",),
 ]
 LISTS = [("experts",), (*FIRST, "reads"), (*FIRST, "thresholds"), (*FIRST, "kept")]
-WRONG = [
+WRONG: list[tuple[Any, Any]] = [
     *((path, value) for path in TEXTS for value in (None, 1, ["a"], {}, True)),
     *((path, value) for path in WHOLES for value in (None, "1", 1.0, -1, True, [], 2**63, 10**400)),
     *((path, value) for path in NUMBERS for value in (None, "1", [], {}, 10**400)),
@@ -235,7 +235,7 @@ def test_a_file_that_is_not_there_or_no_file(tmp_path: Path) -> None:
         read_plan(tmp_path)
 
 
-@settings(max_examples=500)
+@settings(max_examples=max(500, settings().max_examples))
 @given(mutated_json(JSON))
 def test_a_changed_file_is_a_plan_or_refused(data: bytes) -> None:
     """No other error, and what is a plan has one canonical form that means the same."""

@@ -19,7 +19,7 @@ from mergepipe.merge.methods import find_method
 from mergepipe.merge.planner import coefficients_of, keeps_base, make_plan, threshold_of
 from mergepipe.store import Store
 from mergepipe.store.errors import BudgetError, UsageError
-from mergepipe.store.statistics import HISTOGRAM_BINS
+from mergepipe.store.kernels import HISTOGRAM_BINS
 from support.facts import Problem, Question, input_named, plan_of, problems, tensor_facts
 from support.merges import METHODS, facts_of_refs, without_weights
 from support.merges import make_plan as plan_of_refs
@@ -121,7 +121,7 @@ def test_an_error_of_nothing_reads_what_matters_and_one_of_everything_nothing() 
 
 def test_what_has_no_bound_is_read_for_an_error_too() -> None:
     facts = [tensor_facts("w", {0: [([0], math.nan, 100)], 1: [([0], 3.0, 100)], 2: [([0], 4.0, 100)]}, experts=1)]
-    question = ("linear", [input_named("a", weight=1.0)], {"normalize": True})
+    question: Question = ("linear", [input_named("a", weight=1.0)], {"normalize": True})
     plan = plan_of(facts, question, Budget(relative_error=0.61))
     assert plan.tensors["w"].reads == ((0, 2),)
     assert plan.bound.absolute == pytest.approx(3.0)
@@ -197,6 +197,20 @@ def test_where_no_expert_differs_the_base_is_kept(
     plan = plan_of(facts, (method, experts, {"normalize": normalize, "lambda": 1.0}), Budget())
     assert set(plan.tensors) == ({"w"} if kept else {"same", "w"})
     assert plan.costs.computed_blocks == (1 if kept else 8)
+
+
+@pytest.mark.parametrize(("dtype", "fits"), [("BF16", True), (None, True), ("F32", True), ("F64", False)])
+def test_a_type_that_makes_blocks_too_large_is_refused(dtype: str | None, fits: bool) -> None:
+    """Results are cut as their base is, so blocks of 64 MiB have no wider type."""
+    facts = tensor_facts("w", {0: [([0], 1.0, 100)]}, blocks=1, experts=1)
+    large = replace(facts, entry=replace(facts.entry, shape=(16 << 20,), chunks=(16 << 20,)))
+    question: Question = ("task_arithmetic", [input_named("a", weight=1.0)], {"lambda": 1.0, "normalize": False})
+    if fits:
+        assert plan_of([large], question, Budget(), dtype).costs.computed_blocks == 1
+        return
+    with pytest.raises(UsageError, match="a block of 'w' would have 134217728 bytes") as caught:
+        plan_of([large], question, Budget(), dtype)
+    assert "mp export --dtype" in str(caught.value.hint)
 
 
 float32 = stn.arrays(np.float32, st.integers(1, 60), elements=st.floats(width=32, allow_nan=False))
@@ -281,11 +295,11 @@ CHILD = """
 """
 
 
-def test_processes_agree_whatever_their_hash_seeds(family: Store) -> None:
-    outputs = {run_python(CHILD, family.layout.root, PYTHONHASHSEED=seed) for seed in ("0", "1234")}
+def test_processes_agree_whatever_their_hash_seeds(shared_family: Store) -> None:
+    outputs = {run_python(CHILD, shared_family.layout.root, PYTHONHASHSEED=seed) for seed in ("0", "1234")}
     (lines,) = [output.splitlines() for output in outputs]
     here = [
-        plan_of_refs(family, method, {"code": 0.4, "math": 0.6}, budget=budget)
+        plan_of_refs(shared_family, method, {"code": 0.4, "math": 0.6}, budget=budget)
         for method in METHODS
         for budget in (None, "0", "10%", "55%", "100%")
     ]

@@ -33,46 +33,49 @@ def edited(plan: Plan, path: tuple[str | int, ...], value: Any) -> Plan:
 
 
 @pytest.fixture
-def refused(family: Store) -> Refused:
+def refused(shared_family: Store) -> Refused:
     """Executes a plan that must be refused, with the store left as it was but for statistics where there were none."""
 
     def run(plan: Plan, kind: type[MergePipeError] = BadInputError, match: str = ".", *, measured: bool = False) -> Any:
         if measured:  # of models that nobody had compared yet; they are true whatever the plan is
             with pytest.raises(kind):
-                check_plan(family, plan)
-        before = state_of(family)
+                check_plan(shared_family, plan)
+        before = state_of(shared_family)
         with pytest.raises(kind, match=match) as caught:
-            execute(family, plan, "hostile")
+            execute(shared_family, plan, "hostile")
         assert type(caught.value) is kind
-        assert state_of(family) == before
-        assert writers_left(family) == []
+        assert state_of(shared_family) == before
+        assert writers_left(shared_family) == []
         return caught.value
 
     return run
 
 
 @pytest.fixture
-def partial(family: Store) -> Plan:
+def partial(shared_family: Store) -> Plan:
     """A plan that reads a part of some tensors."""
-    plan = make_plan(family, "ties", WEIGHTS, budget="40%", density=0.3)
+    plan = make_plan(shared_family, "ties", WEIGHTS, budget="40%", density=0.3)
     assert any(tensor.bound and any(tensor.reads) for tensor in plan.tensors.values())
     return plan
 
 
 @pytest.fixture
-def additive(family: Store) -> Plan:
-    return make_plan(family, "task_arithmetic", WEIGHTS, budget="40%")
+def additive(shared_family: Store) -> Plan:
+    return make_plan(shared_family, "task_arithmetic", WEIGHTS, budget="40%")
 
 
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("budget", [None, "0", "40%", "100%"])
 @pytest.mark.parametrize("dtype", [None, "F32"])
-def test_what_the_planner_made_holds(family: Store, method: str, budget: str | None, dtype: str | None) -> None:
-    plan = make_plan(family, method, WEIGHTS, budget=budget, dtype=dtype)
-    checked = check_plan(family, decode_plan(plan.encode(), "plan"))
+def test_what_the_planner_made_holds(shared_family: Store, method: str, budget: str | None, dtype: str | None) -> None:
+    plan = make_plan(shared_family, method, WEIGHTS, budget=budget, dtype=dtype)
+    checked = check_plan(shared_family, decode_plan(plan.encode(), "plan"))
     assert checked.plan == plan
-    assert checked.base.commit_id == family.resolve("base")
-    assert [expert.commit_id for expert in checked.experts] == [family.resolve("math"), family.resolve("code")]
+    assert checked.base.commit_id == shared_family.resolve("base")
+    assert [expert.commit_id for expert in checked.experts] == [
+        shared_family.resolve("math"),
+        shared_family.resolve("code"),
+    ]
 
 
 @pytest.mark.parametrize(
@@ -140,11 +143,11 @@ def test_edited_reads_are_refused(partial: Plan, additive: Plan, refused: Refuse
         refused(edited(free, ("tensors", tensor, "reads"), [reads, reads]))
 
 
-def test_more_reads_are_refused(family: Store, partial: Plan, additive: Plan, refused: Refused) -> None:
+def test_more_reads_are_refused(shared_family: Store, partial: Plan, additive: Plan, refused: Refused) -> None:
     """What goes over the budget is called that; where there is room, the costs are not what they are said to be."""
     everything = (
-        make_plan(family, "ties", WEIGHTS, density=0.3),
-        make_plan(family, "task_arithmetic", WEIGHTS),
+        make_plan(shared_family, "ties", WEIGHTS, density=0.3),
+        make_plan(shared_family, "task_arithmetic", WEIGHTS),
     )
     for plan, full in zip((partial, additive), everything, strict=True):
         more = replace(plan, tensors=full.tensors)
@@ -154,12 +157,12 @@ def test_more_reads_are_refused(family: Store, partial: Plan, additive: Plan, re
 
 @pytest.mark.parametrize("field", ["expert_bytes", "expert_bytes_full", "base_bytes"])
 @pytest.mark.parametrize("value", [0, 1, 10**9])
-def test_bytes_are_counted_anew_for_this_store(family: Store, partial: Plan, field: str, value: int) -> None:
+def test_bytes_are_counted_anew_for_this_store(shared_family: Store, partial: Plan, field: str, value: int) -> None:
     """Another store may have the blocks in other encodings; what a plan claims of bytes is not believed, nor kept."""
     claimed = edited(partial, ("costs", field), value)
     assert claimed.id != partial.id
-    assert check_plan(family, claimed).plan == partial
-    assert execute(family, claimed, "claimed", use_cache=False).plan == partial.id
+    assert check_plan(shared_family, claimed).plan == partial
+    assert execute(shared_family, claimed, "claimed", use_cache=False).plan == partial.id
 
 
 def test_a_part_of_what_belongs_together_is_refused(partial: Plan, refused: Refused) -> None:
@@ -192,20 +195,26 @@ def test_commits_that_are_not_here_are_named(partial: Plan, refused: Refused) ->
     refused(edited(partial, ("experts", 1, "commit"), nobody), NotFoundError, "expert 'code'")
 
 
-def test_ids_of_other_things_are_no_commits(family: Store, partial: Plan, refused: Refused) -> None:
-    for digest in (family.commit(family.resolve("base")).tree, family.snapshot("base").entry(UP).blocks[0], partial.id):
+def test_ids_of_other_things_are_no_commits(shared_family: Store, partial: Plan, refused: Refused) -> None:
+    for digest in (
+        shared_family.commit(shared_family.resolve("base")).tree,
+        shared_family.snapshot("base").entry(UP).blocks[0],
+        partial.id,
+    ):
         refused(edited(partial, ("base", "commit"), digest.hex()), NotFoundError)
 
 
-def test_somebody_elses_commits_are_refused(family: Store, partial: Plan, refused: Refused, tmp_path: Path) -> None:
+def test_somebody_elses_commits_are_refused(
+    shared_family: Store, partial: Plan, refused: Refused, tmp_path: Path
+) -> None:
     """Experts that were not planned for, the base as an expert, experts in another order, another model."""
     base = base_weights()
-    ingest_model(family, tmp_path, "other", fine_tune(base, 9), base="base")
-    ingest_model(family, tmp_path, "small", {"w": np.ones((4, 4), np.float32)})
+    ingest_model(shared_family, tmp_path, "other", fine_tune(base, 9), base="base")
+    ingest_model(shared_family, tmp_path, "small", {"w": np.ones((4, 4), np.float32)})
     for name in ("other", "base", "small"):
-        refused(edited(partial, ("experts", 0, "commit"), family.resolve(name).hex()))
+        refused(edited(partial, ("experts", 0, "commit"), shared_family.resolve(name).hex()))
     for name in ("other", "math", "small"):
-        refused(edited(partial, ("base", "commit"), family.resolve(name).hex()), measured=True)
+        refused(edited(partial, ("base", "commit"), shared_family.resolve(name).hex()), measured=True)
     refused(replace(partial, experts=tuple(reversed(partial.experts))))
 
 
@@ -214,12 +223,12 @@ def test_a_weight_that_moves_the_bound_is_refused(partial: Plan, additive: Plan,
     refused(edited(partial, ("experts", 0, "parameters", "weight"), -0.75), BudgetError, "both signs")
 
 
-def test_an_edit_that_is_another_valid_plan_has_another_id(family: Store, partial: Plan) -> None:
+def test_an_edit_that_is_another_valid_plan_has_another_id(shared_family: Store, partial: Plan) -> None:
     """A weight of a normalized consensus does not enter its bound, and names, types and larger budgets are free.
 
     Such a plan is taken for what it says: another plan, with an id of its own, and another result.
     """
-    first = execute(family, partial, "first")
+    first = execute(shared_family, partial, "first")
     edits: list[tuple[tuple[str | int, ...], Any]] = [
         (("experts", 0, "parameters", "weight"), 0.25),
         (("experts", 0, "name"), "somebody's"),
@@ -229,17 +238,17 @@ def test_an_edit_that_is_another_valid_plan_has_another_id(family: Store, partia
     ids = {partial.id}
     for path, value in edits:
         plan = edited(partial, path, value)
-        result = execute(family, plan, "second")
+        result = execute(shared_family, plan, "second")
         assert result.plan == plan.id
         assert plan.id not in ids
         ids.add(plan.id)
-        assert family.commit(result.commit).plan == plan.id
-        same = family.commit(result.commit).tree == family.commit(first.commit).tree
+        assert shared_family.commit(result.commit).plan == plan.id
+        same = shared_family.commit(result.commit).tree == shared_family.commit(first.commit).tree
         assert same == (path[-1] != "weight")
 
 
-def test_weights_that_sum_to_zero_are_the_plans_fault(family: Store, refused: Refused) -> None:
-    plan = make_plan(family, "linear", {"math": 0.5, "code": 1.0})
+def test_weights_that_sum_to_zero_are_the_plans_fault(shared_family: Store, refused: Refused) -> None:
+    plan = make_plan(shared_family, "linear", {"math": 0.5, "code": 1.0})
     refused(edited(plan, ("experts", 0, "parameters", "weight"), -1.0), match="sum to zero")
 
 
@@ -294,26 +303,26 @@ def test_a_plan_holds_where_the_blocks_are_kept_in_other_encodings(
         execute(second, tight, "tight")
 
 
-@settings(max_examples=200)
+@settings(max_examples=max(200, settings().max_examples))
 @given(data=st.data())
-def test_a_mutated_plan_is_refused_or_true(family: Store, data: st.DataObject) -> None:
+def test_a_mutated_plan_is_refused_or_true(shared_family: Store, data: st.DataObject) -> None:
     """One change anywhere. What is still accepted keeps its word: the costs counted here are those measured."""
     method = data.draw(st.sampled_from(["ties", "task_arithmetic"]), label="method")
-    plan = make_plan(family, method, WEIGHTS, budget="40%")
-    before = state_of(family)
+    plan = make_plan(shared_family, method, WEIGHTS, budget="40%")
+    before = state_of(shared_family)
     try:
         found = decode_plan(data.draw(mutated_json(plan.as_json())), "p.json")
-        here = check_plan(family, found).plan
+        here = check_plan(shared_family, found).plan
     except MergePipeError:
         pass
     else:
         assert found.tensors == plan.tensors
         assert found.bound == plan.bound
         if found != plan:
-            result = execute(family, found, "mutated", use_cache=False)
+            result = execute(shared_family, found, "mutated", use_cache=False)
             assert result.expert_bytes_read == here.costs.expert_bytes
             assert result.base_bytes_read == here.costs.base_bytes
             assert result.computed_blocks == here.costs.computed_blocks
             assert result.plan == here.id
             return
-    assert state_of(family) == before
+    assert state_of(shared_family) == before

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from mergepipe.store import checkpoint as checkpoint_module
 from mergepipe.store.checkpoint import is_safe_path, open_checkpoint
 from mergepipe.store.errors import BadInputError, NotFoundError
 from support.checkpoints import HeaderStyle, random_tensor, write_checkpoint, write_safetensors
@@ -195,6 +196,23 @@ class TestWhatIsWrong:
         assert "is not UTF-8" in refused(folder).message
         lone = write_safetensors(strange.with_suffix(".safetensors"), TENSORS)
         assert "is not UTF-8" in refused(lone).message
+
+    def test_a_file_that_is_exchanged_after_its_header_was_read(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Its tensors would be taken from the places that another header names."""
+        folder = write_checkpoint(tmp_path / "m", TENSORS)
+        other = write_safetensors(tmp_path / "other", dict(reversed(TENSORS.items())), HeaderStyle({"format": "pt"}))
+        original = checkpoint_module.read_header
+
+        def read_then_exchange(path: Path) -> object:
+            header = original(path)
+            other.replace(path)
+            return header
+
+        assert other.stat().st_size == (folder / "model.safetensors").stat().st_size
+        monkeypatch.setattr(checkpoint_module, "read_header", read_then_exchange)
+        assert "changed while it was being read" in refused(folder).message
 
 
 class TestLinks:

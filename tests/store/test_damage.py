@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from mergepipe.store import Digest, Store
+from mergepipe.store.catalog import DATABASES, Writing
 from mergepipe.store.check import verify
 from mergepipe.store.errors import DamagedError, MergePipeError
 from mergepipe.store.frame import HEADER_BYTES, Encoding, Kind
@@ -29,8 +30,9 @@ class Subject:
 class Patient:
     """A store with a base and an expert, and one object of each kind in it."""
 
-    def __init__(self, root: Path, folder: Path) -> None:
-        self.store = Store.open(root)
+    def __init__(self, store: Store, folder: Path) -> None:
+        self.store = store
+        self.folder = folder
         self.paths = {name: folder / name for name in ("base", "expert0")}
         base, expert = self.store.snapshot("base"), self.store.snapshot("expert0")
         layer = "model.layers.1.self_attn.q_proj.weight"
@@ -48,6 +50,30 @@ class Patient:
             "commit": Subject(expert.commit_id, ()),  # the catalog has a copy, from which everything is read
         }
 
+        self.files = {path: path.read_bytes() for path in self._object_files()}
+        self.rows = all_rows(self.store)
+
+    def _object_files(self) -> list[Path]:
+        return [path for path in self.store.layout.objects.glob("*/*") if path.is_file()]
+
+    def heal(self) -> None:
+        """Put back every file and row that a test changed, without the code under test."""
+        for path in set(self._object_files()) - set(self.files):
+            path.unlink()
+        for path, content in self.files.items():
+            if not path.exists() or path.read_bytes() != content:
+                rewrite(path, content)
+
+        def change(view: Writing) -> None:
+            for database, rows in self.rows.items():
+                now = dict(view.items(database))
+                for key in now.keys() - rows.keys():
+                    view.delete(database, key)
+                for key, value in rows.items():
+                    view.put(database, key, value)
+
+        self.store.catalog.write(change)
+
     def path(self, kind: str) -> Path:
         return object_path(self.store, self.subjects[kind].digest)
 
@@ -62,10 +88,7 @@ KINDS = [
 
 
 @pytest.fixture(scope="module")
-def original(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    """A store and the checkpoints that are in it."""
-    import numpy as np
-
+def ward(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Patient]:
     folder = tmp_path_factory.mktemp("damage")
     base, (expert, _) = write_family(folder)
     (base / "noise.bin").write_bytes(np.random.default_rng(0).bytes(3000))
@@ -75,16 +98,19 @@ def original(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
         rows = catalog_rows(store, "objects")["objects"]
         assert {Encoding(row[1]) for row in rows.values()} == set(Encoding)
         assert {Kind(row[0]) for row in rows.values()} == set(Kind) - {Kind.PLAN}
-    return folder / "store", folder
+        yield Patient(store, folder)
 
 
 @pytest.fixture
-def patient(original: tuple[Path, Path], tmp_path: Path) -> object:
-    root, folder = original
-    shutil.copytree(root, tmp_path / "store")
-    patient = Patient(tmp_path / "store", folder)
-    yield patient
-    patient.store.close()
+def patient(ward: Patient) -> Iterator[Patient]:
+    """A store with a base and an expert; what a test did to it is undone."""
+    yield ward
+    ward.heal()
+
+
+def all_rows(store: Store) -> dict[str, dict[bytes, bytes]]:
+    with store.catalog.reading() as view:
+        return {database: dict(view.items(database)) for database in DATABASES}
 
 
 def truncate(path: Path) -> None:
@@ -258,16 +284,16 @@ class TestTheBaseOfADelta:
             patient.store.snapshot("expert0").read_tensor("model.layers.1.self_attn.q_proj.weight")
         assert patient.subjects["base of a delta"].digest.short in caught.value.message
 
-    def test_an_expert_is_not_stored_against_it(self, patient: Patient, original: tuple[Path, Path]) -> None:
+    def test_an_expert_is_not_stored_against_it(self, patient: Patient) -> None:
         flip_last(patient.path("base of a delta"))
         before = state_of(patient.store)
         with pytest.raises(DamagedError):
-            patient.store.ingest([original[1] / "expert1"], base="base")
+            patient.store.ingest([patient.folder / "expert1"], base="base")
         assert state_of(patient.store) == before
-        patient.store.ingest([original[1] / "expert1"])
+        patient.store.ingest([patient.folder / "expert1"])
         verify(patient.store)
         patient.ingest_again()
-        patient.store.ingest([original[1] / "expert1"], base="base")
+        patient.store.ingest([patient.folder / "expert1"], base="base")
         assert_clean(patient.store)
 
 

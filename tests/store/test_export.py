@@ -7,7 +7,6 @@ import json
 import os
 import subprocess
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -17,27 +16,8 @@ from safetensors.torch import load_file
 
 from mergepipe.store import Store
 from mergepipe.store import export as export_module
-from mergepipe.store.errors import (
-    BadInputError,
-    ConflictError,
-    DamagedError,
-    EnvironmentalError,
-    MergePipeError,
-    UsageError,
-)
-from mergepipe.store.frame import Kind
-from mergepipe.store.manifest import FileEntry, Node, Shard
-from mergepipe.store.publish import Changes, RefUpdate, publish
-from mergepipe.store.staging import Staging
-from support.checkpoints import (
-    HeaderStyle,
-    RawTensor,
-    folder_bytes,
-    random_tensor,
-    raw,
-    write_checkpoint,
-    write_safetensors,
-)
+from mergepipe.store.errors import ConflictError, DamagedError, EnvironmentalError, UsageError
+from support.checkpoints import HeaderStyle, folder_bytes, random_tensor, raw, write_checkpoint, write_safetensors
 from support.family import base_weights, write_model
 from support.stores import flip_bit, object_path
 
@@ -360,69 +340,6 @@ class TestWholeOrNotAtAll:
         before = descriptors()
         store.snapshot("m").export(tmp_path / "out", max_shard_bytes=8192)
         assert descriptors() == before
-
-
-class TestHostileCommits:
-    """A stranger's store can hold any manifest."""
-
-    def publish(self, store: Store, **root: object) -> None:
-
-        snapshot = store.snapshot("m")
-        changed = {"nodes": snapshot.root.nodes, "tensors": snapshot.root.tensors, "files": snapshot.root.files}
-        with Staging(store.layout, store.catalog) as staging:
-            node = Node(**{**changed, "shards": snapshot.root.shards, **root})  # type: ignore[arg-type]
-            tree = staging.add_record(Kind.NODE, node.encode())
-            commit = replace(snapshot.commit, tree=tree)
-            digest = staging.add_record(Kind.COMMIT, commit.encode())
-            update = RefUpdate("evil", None, digest)
-            publish(store.catalog, staging, Changes(commits=[commit], refs=[update]))
-
-    @pytest.mark.usefixtures("model")
-    @pytest.mark.parametrize("name", ["../out-of-the-folder", "/tmp/absolute", "a/../../b", "a\\b", "", "."])
-    def test_names_that_lead_out_of_the_folder(self, store: Store, tmp_path: Path, name: str) -> None:
-
-        snapshot = store.snapshot("m")
-        for root in (
-            {"files": {name: snapshot.files["config.json"]}},
-            {"shards": (Shard(name, snapshot.shards[0].header),)},
-        ):
-            self.publish(store, **root)
-            with pytest.raises(BadInputError, match="leave the folder"):
-                store.snapshot("evil").export(tmp_path / "top" / "out")
-            store.catalog.write(lambda view: view.delete("refs", b"evil"))
-        assert not (tmp_path / "out-of-the-folder").exists()
-        assert not (tmp_path / "top").exists() or neighbours(tmp_path / "top") == []
-
-    @pytest.mark.usefixtures("model")
-    @pytest.mark.parametrize("file", ["config.json", "tokenizer.json"])
-    def test_a_header_that_is_none(self, store: Store, tmp_path: Path, file: str) -> None:
-
-        self.publish(store, shards=(Shard("model.safetensors", store.snapshot("m").files[file]),))
-        for options in ({}, {"dtype": "F32"}):
-            with pytest.raises(DamagedError, match="header"):
-                store.snapshot("evil").export(tmp_path / "out", **options)
-            assert not (tmp_path / "out").exists()
-
-    @pytest.mark.usefixtures("model")
-    def test_a_header_of_other_tensors(self, store: Store, tmp_path: Path) -> None:
-
-        other = {"lm_head.weight": RawTensor("F32", (3,), bytes(12))}
-        store.ingest([write_checkpoint(tmp_path / "other", other)])
-        self.publish(store, shards=store.snapshot("other").shards)
-        with pytest.raises(MergePipeError, match=r"lm_head\.weight"):
-            store.snapshot("evil").export(tmp_path / "out")
-        assert not (tmp_path / "out").exists()
-
-    @pytest.mark.usefixtures("model")
-    def test_a_file_longer_than_its_pieces(self, store: Store, tmp_path: Path) -> None:
-
-        entry = store.snapshot("m").files["config.json"]
-        for size in (entry.size + 1, entry.size - 1, 1 << 60):
-            self.publish(store, files={"config.json": FileEntry(size, entry.blocks)})
-            with pytest.raises(DamagedError, match="piece"):
-                store.snapshot("evil").export(tmp_path / "out")
-            assert not (tmp_path / "out").exists()
-            store.catalog.write(lambda view: view.delete("refs", b"evil"))
 
 
 def test_a_folder_on_another_filesystem(store: Store, model: Path, mounted_disk: Callable[..., Path]) -> None:

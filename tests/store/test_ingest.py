@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import ml_dtypes
@@ -13,6 +14,7 @@ import pytest
 import torch
 
 from mergepipe.store import Store
+from mergepipe.store.catalog import Writing
 from mergepipe.store.errors import BadInputError, ConflictError, NotFoundError, UsageError
 from mergepipe.store.frame import Kind
 from mergepipe.store.manifest import TensorEntry
@@ -140,6 +142,25 @@ class TestSharing:
         assert store.snapshot("m").files["copy.bin"].blocks == blocks_of(store, "m")["w"]
         assert store.snapshot("m").read_file("copy.bin") == tensor.data
 
+    def test_what_is_shared_is_renewed(self, store: Store, tmp_path: Path) -> None:
+        """Its age protects it from being collected while somebody begins to rely on it."""
+        base, (expert, _) = write_family(tmp_path)
+        store.ingest([base])
+        shared = store.snapshot("base").entry("lm_head.weight").blocks
+
+        def age(view: Writing) -> None:
+            for digest in shared:
+                row = view.object_row(digest)
+                assert row is not None
+                view.put("objects", digest, replace(row, touched=1000).pack())
+
+        for options in ({}, {"base": "base"}):
+            store.catalog.write(age)
+            store.ingest([expert], ref=f"again{len(options)}", **options)  # type: ignore[arg-type]
+            with store.catalog.reading() as view:
+                rows = [view.object_row(digest) for digest in shared]
+            assert all(row is not None and row.touched > 1000 for row in rows)
+
     def test_every_reported_byte_lies_on_disk(self, store: Store, tmp_path: Path) -> None:
         base, experts = write_family(tmp_path, experts=3)
         written = 0
@@ -233,11 +254,11 @@ class TestWhatIsRefused:
         path = write_model(tmp_path / "m", BASE)
         content = folder_bytes(path)
 
-        def replace(*_: object) -> None:
+        def exchange(*_: object) -> None:
             (tmp_path / "new").write_bytes(b"new")
             (tmp_path / "new").replace(path / "config.json")
 
-        store.ingest([path], progress=replace)
+        store.ingest([path], progress=exchange)
         store.snapshot("m").export(tmp_path / "out")
         assert folder_bytes(tmp_path / "out") == content
 

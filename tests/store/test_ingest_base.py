@@ -229,6 +229,17 @@ class TestStatistics:
         assert catalog_rows(store, "deltas", "tensors") == before
         assert store.reader.counters.decoded[Role.BASE] == read, "the base's blocks were read again"
 
+    def test_only_changed_blocks_of_the_base_are_read(self, store: Store, tmp_path: Path) -> None:
+        matrix = np.random.default_rng(0).standard_normal((4, 1024)).astype(np.float32)
+        changed = matrix.copy()
+        changed[2] *= np.float32(1.0001)
+        for name, values in (("base", matrix), ("m", changed)):
+            write_checkpoint(tmp_path / name, {"w": raw(values)})
+        store.ingest([tmp_path / "base"])
+        store.ingest([tmp_path / "m"], base="base")
+        assert store.reader.counters.decoded[Role.BASE] == 4096
+        check_statistics(store, "base", "m")
+
     def test_infinities_and_nans_are_kept(self, store: Store, tmp_path: Path) -> None:
         weights = base_weights()
         broken = dict(weights)

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import pickle
 import threading
+import tracemalloc
+import zlib
 from collections.abc import Callable
 
 import numpy as np
 import pytest
 
 from mergepipe.store import Digest, Store
-from mergepipe.store.digest import hash_record
+from mergepipe.store.digest import hash_bytes, hash_record
 from mergepipe.store.errors import DamagedError
 from mergepipe.store.frame import Encoding, Header, Kind, pack_header
 from mergepipe.store.objects import MAXIMUM_RECORD_BYTES, Role
@@ -29,8 +31,6 @@ class Filled:
     """A store with one object of each encoding."""
 
     def __init__(self, store: Store) -> None:
-        from mergepipe.store.digest import hash_bytes
-
         self.store = store
         self.base, self.tuned, self.noise = (hash_bytes(data.tobytes()) for data in (BASE, TUNED, NOISE))
         with Staging(store.layout, store.catalog) as staging:
@@ -192,17 +192,17 @@ class TestHostileObjects:
 
     @pytest.mark.parametrize("raw", [0, 5, len(RECORD) - 1, len(RECORD) + 1, MAXIMUM_RECORD_BYTES + 1, 1 << 60])
     def test_a_record_of_another_size(self, hurt: Filled, raw: int) -> None:
-        import zlib
-
         data = crafted(Kind.NODE, Encoding.DEFLATE, raw, zlib.compress(RECORD))
         self.check(hurt, hurt.record, data, lambda: hurt.store.reader.read_record(Kind.NODE, hurt.record))
 
     def test_a_bomb_is_not_decoded_beyond_what_it_declares(self, hurt: Filled) -> None:
-        import zlib
-
-        bomb = zlib.compress(bytes(100 << 20))
-        data = crafted(Kind.NODE, Encoding.DEFLATE, 100, bomb)
-        self.check(hurt, hurt.record, data, lambda: hurt.store.reader.read_record(Kind.NODE, hurt.record))
+        data = crafted(Kind.NODE, Encoding.DEFLATE, 100, zlib.compress(bytes(100 << 20)))
+        tracemalloc.start()
+        try:
+            self.check(hurt, hurt.record, data, lambda: hurt.store.reader.read_record(Kind.NODE, hurt.record))
+            assert tracemalloc.get_traced_memory()[1] < 10 << 20
+        finally:
+            tracemalloc.stop()
 
     def test_a_file_longer_than_any_object_is_not_read(self, hurt: Filled) -> None:
         path = object_path(hurt.store, hurt.noise)

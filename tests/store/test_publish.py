@@ -6,7 +6,9 @@ import errno
 import json
 import os
 import shutil
+import signal
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -389,3 +391,44 @@ class TestTwoProcesses:
             store.snapshot(path.name).export(tmp_path / "out" / path.name)
             original = (path / "model.safetensors").read_bytes()
             assert (tmp_path / "out" / path.name / "model.safetensors").read_bytes() == original
+
+
+class TestThreads:
+    def test_of_one_store_ingest_side_by_side(self, store: Store, tmp_path: Path) -> None:
+        base, experts = write_family(tmp_path, experts=4)
+        store.ingest([base])
+        with ThreadPoolExecutor(4) as pool:
+            list(pool.map(lambda path: store.ingest([path], base="base", workers=2), experts))
+        for path in experts:
+            store.snapshot(path.name).export(tmp_path / "out" / path.name)
+            assert folder_bytes(tmp_path / "out" / path.name) == folder_bytes(path)
+
+
+class TestInterrupts:
+    def test_one_that_comes_too_late_is_dropped(self, store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+        """All is done at that moment: an error would say that nothing was."""
+        original = publish_module._put_rows
+
+        def interrupted(*arguments: object) -> None:
+            os.kill(os.getpid(), signal.SIGINT)
+            original(*arguments)  # type: ignore[arg-type]
+
+        monkeypatch.setattr(publish_module, "_put_rows", interrupted)
+        before = signal.getsignal(signal.SIGINT)
+        commit = commit_of("a")
+        publish(store.catalog, None, Changes(refs=[RefUpdate("m", None, commit.id)]))
+        assert ref_of(store, "m") == commit.id
+        assert signal.getsignal(signal.SIGINT) is before
+        publish(store.catalog, None, Changes(refs=[RefUpdate("m", commit.id, None)]))
+
+    def test_one_that_comes_before_is_not(self, store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+        def interrupted(_: Path) -> bool:
+            os.kill(os.getpid(), signal.SIGINT)
+            return True
+
+        monkeypatch.setattr(publish_module, "flush_filesystem", interrupted)
+        with pytest.raises(KeyboardInterrupt), Staging(store.layout, store.catalog) as staging:
+            stage(staging)
+            publish(store.catalog, staging, Changes())
+        assert not any(catalog_rows(store).values())
+        assert writers_left(store) == []

@@ -20,9 +20,11 @@ from support.checkpoints import (
     write_checkpoint,
     write_safetensors,
 )
-from support.stores import assert_clean, object_files, state_of
+from support.stores import object_files, state_of
 from support.strategies import styled_tensors, tensor_maps, tensors
 
+Fresh = Callable[[], Path]
+Styled = tuple[dict[str, RawTensor], HeaderStyle]
 file_maps = st.dictionaries(
     st.sampled_from(["config.json", "tokenizer/vocab.txt", ".hidden", "a b.txt", "é.md", "deep/er/x", "empty"]),
     st.binary(max_size=9000),
@@ -30,46 +32,51 @@ file_maps = st.dictionaries(
 )
 
 
-def check_round_trip(folder: Path, checkpoint: Path) -> None:
+def check_round_trip(store: Store, checkpoint: Path) -> None:
     """Ingest, export, compare; ingest again, and see that nothing was written."""
-    with Store.create(folder / "store", block_bytes=4096) as store:
-        (first,) = store.ingest([checkpoint], ref="m")
-        exported = store.snapshot("m").export(folder / "out")
-        original = folder_bytes(checkpoint) if checkpoint.is_dir() else {checkpoint.name: checkpoint.read_bytes()}
-        assert folder_bytes(folder / "out") == original
-        assert exported.identical
-        assert first.raw_bytes == exported.written_bytes == sum(map(len, original.values()))
-        assert first.written_bytes == sum(object_files(store).values())
-        before = state_of(store)
-        (again,) = store.ingest([checkpoint], ref="m")
-        assert (again.commit, again.written_bytes, again.unchanged) == (first.commit, 0, True)
-        assert again.reused_blocks == again.blocks
-        assert state_of(store) == before
-        assert_clean(store)
+    before = object_files(store)
+    ref, out = f"m{len(before)}", checkpoint.with_name(f"{checkpoint.name}.out")
+    (first,) = store.ingest([checkpoint], ref=ref)
+    exported = store.snapshot(ref).export(out)
+    original = folder_bytes(checkpoint) if checkpoint.is_dir() else {checkpoint.name: checkpoint.read_bytes()}
+    assert folder_bytes(out) == original
+    assert exported.identical
+    assert first.raw_bytes == exported.written_bytes == sum(map(len, original.values()))
+    new = {name: size for name, size in object_files(store).items() if name not in before}
+    assert first.written_bytes == sum(new.values())
+    after = state_of(store)
+    (again,) = store.ingest([checkpoint], ref=ref)
+    assert (again.commit, again.written_bytes, again.unchanged) == (first.commit, 0, True)
+    assert again.reused_blocks == again.blocks
+    assert state_of(store) == after
 
 
 class TestSafetensors:
     @given(styled_tensors())
-    def test_single_files(self, fresh: Callable[[], Path], sample: tuple[dict[str, RawTensor], HeaderStyle]) -> None:
+    def test_single_files(self, store: Store, fresh: Fresh, sample: Styled) -> None:
         folder = fresh()
-        check_round_trip(folder, write_safetensors(folder / "some model.safetensors", *sample))
+        check_round_trip(store, write_safetensors(folder / "some model.safetensors", *sample))
 
     @given(styled_tensors(), file_maps)
     def test_folders(
-        self, fresh: Callable[[], Path], sample: tuple[dict[str, RawTensor], HeaderStyle], files: dict[str, bytes]
+        self,
+        store: Store,
+        fresh: Fresh,
+        sample: Styled,
+        files: dict[str, bytes],
     ) -> None:
         folder = fresh()
-        check_round_trip(folder, write_checkpoint(folder / "m", sample[0], style=sample[1], files=files))
+        check_round_trip(store, write_checkpoint(folder / "m", sample[0], style=sample[1], files=files))
 
     @given(tensor_maps, st.integers(2, 4), st.booleans())
-    def test_shards(self, fresh: Callable[[], Path], held: dict[str, RawTensor], shards: int, index: bool) -> None:
+    def test_shards(self, store: Store, fresh: Fresh, held: dict[str, RawTensor], shards: int, index: bool) -> None:
         folder = fresh()
         shards = min(shards, len(held))
         checkpoint = write_checkpoint(folder / "m", held, shards=shards, index=index)
-        check_round_trip(folder, checkpoint)
+        check_round_trip(store, checkpoint)
 
     @pytest.mark.parametrize("dtype", sorted(DTYPES))
-    def test_every_type_in_many_blocks(self, fresh: Callable[[], Path], dtype: str) -> None:
+    def test_every_type_in_many_blocks(self, store: Store, fresh: Fresh, dtype: str) -> None:
         folder = fresh()
         held = {
             "matrix": random_tensor(dtype, (130, 120), 1),
@@ -81,18 +88,18 @@ class TestSafetensors:
         }
         if DTYPES[dtype].bits >= 8:
             held["scalar"] = random_tensor(dtype, (), 7)
-        check_round_trip(folder, write_checkpoint(folder / "m", held))
+        check_round_trip(store, write_checkpoint(folder / "m", held))
 
-    def test_packed_rows_that_end_inside_of_a_byte(self, fresh: Callable[[], Path]) -> None:
+    def test_packed_rows_that_end_inside_of_a_byte(self, store: Store, fresh: Fresh) -> None:
         folder = fresh()
         held = {
             "three": random_tensor("F4", (2, 9999, 3)),
             "deep": random_tensor("F4", (4, 3, 333, 5)),
             "six": random_tensor("F6_E3M2", (4, 999, 5)),
         }
-        check_round_trip(folder, write_checkpoint(folder / "m", held))
+        check_round_trip(store, write_checkpoint(folder / "m", held))
 
-    def test_empty_and_tiny_tensors_alone(self, fresh: Callable[[], Path]) -> None:
+    def test_empty_and_tiny_tensors_alone(self, store: Store, fresh: Fresh) -> None:
         for held in (
             {"empty": RawTensor("F32", (0,), b"")},
             {"scalar": RawTensor("I64", (), bytes(8))},
@@ -100,9 +107,9 @@ class TestSafetensors:
             {"huge and empty": RawTensor("F64", (1 << 61, 0), b"")},
         ):
             folder = fresh()
-            check_round_trip(folder, write_checkpoint(folder / "m", held))
+            check_round_trip(store, write_checkpoint(folder / "m", held))
 
-    def test_names_that_are_paths_in_the_tree(self, fresh: Callable[[], Path]) -> None:
+    def test_names_that_are_paths_in_the_tree(self, store: Store, fresh: Fresh) -> None:
         folder = fresh()
         names = [
             "",
@@ -123,25 +130,25 @@ class TestSafetensors:
             "a" * 3000,
         ]
         held = {name: random_tensor("U8", (3,), seed) for seed, name in enumerate([*names, "b." * 400 + "w"])}
-        check_round_trip(folder, write_checkpoint(folder / "m", held))
+        check_round_trip(store, write_checkpoint(folder / "m", held))
 
-    def test_a_header_larger_than_a_block(self, fresh: Callable[[], Path]) -> None:
+    def test_a_header_larger_than_a_block(self, store: Store, fresh: Fresh) -> None:
         folder = fresh()
         held = {f"model.layers.{number}.weight": RawTensor("U8", (1,), bytes([number % 256])) for number in range(400)}
-        check_round_trip(folder, write_checkpoint(folder / "m", held, style=HeaderStyle(padding=" " * 10_000)))
+        check_round_trip(store, write_checkpoint(folder / "m", held, style=HeaderStyle(padding=" " * 10_000)))
 
-    def test_files_larger_than_a_block(self, fresh: Callable[[], Path]) -> None:
+    def test_files_larger_than_a_block(self, store: Store, fresh: Fresh) -> None:
         folder = fresh()
         generator = np.random.default_rng(0)
         files = {name: generator.bytes(size) for name, size in {"a": 4096, "b": 4097, "c": 100_000, "d": 8192}.items()}
-        check_round_trip(folder, write_checkpoint(folder / "m", {"w": random_tensor("U8", (3,))}, files=files))
+        check_round_trip(store, write_checkpoint(folder / "m", {"w": random_tensor("U8", (3,))}, files=files))
 
 
 class TestWithABase:
     @settings(max_examples=25)
     @given(tensor_maps, st.data())
     def test_any_change_comes_out_as_it_came_in(
-        self, fresh: Callable[[], Path], held: dict[str, RawTensor], data: st.DataObject
+        self, store: Store, fresh: Fresh, held: dict[str, RawTensor], data: st.DataObject
     ) -> None:
         """Bytes changed, tensors added and taken away, types exchanged: a base may only save space."""
         folder = fresh()
@@ -166,28 +173,26 @@ class TestWithABase:
         if not set(tuned) & set(held):
             tuned = {**tuned, **held}
         base, expert = write_checkpoint(folder / "base", held), write_checkpoint(folder / "expert", tuned)
-        with Store.create(folder / "store", block_bytes=4096) as store:
-            store.ingest([base])
-            store.ingest([expert], base="base")
-            for path in (base, expert):
-                store.snapshot(path.name).export(folder / "out" / path.name)
-                assert folder_bytes(folder / "out" / path.name) == folder_bytes(path)
-            before = state_of(store)
-            (again,) = store.ingest([expert], base="base")
-            assert (again.written_bytes, again.unchanged) == (0, True)
-            assert state_of(store) == before
-            assert_clean(store)
+        number = len(object_files(store))
+        refs = {base: f"base{number}", expert: f"expert{number}"}
+        store.ingest([base], ref=refs[base])
+        store.ingest([expert], ref=refs[expert], base=refs[base])
+        for path, ref in refs.items():
+            store.snapshot(ref).export(folder / "out" / path.name)
+            assert folder_bytes(folder / "out" / path.name) == folder_bytes(path)
+        before = state_of(store)
+        (again,) = store.ingest([expert], ref=refs[expert], base=refs[base])
+        assert (again.written_bytes, again.unchanged) == (0, True)
+        assert state_of(store) == before
 
     @pytest.mark.parametrize("dtype", sorted(DTYPES))
-    def test_every_type(self, fresh: Callable[[], Path], dtype: str) -> None:
+    def test_every_type(self, store: Store, fresh: Fresh, dtype: str) -> None:
         folder = fresh()
         before = random_tensor(dtype, (130, 120), 1)
         after = bytearray(before.data)
         after[len(after) // 2] ^= 1
         base = write_checkpoint(folder / "base", {"w": before})
         expert = write_checkpoint(folder / "expert", {"w": RawTensor(dtype, before.shape, bytes(after))})
-        with Store.create(folder / "store", block_bytes=4096) as store:
-            store.ingest([base])
-            store.ingest([expert], base="base")
-            assert store.snapshot("expert").read_tensor("w").tobytes() == after
-            assert_clean(store)
+        store.ingest([base])
+        store.ingest([expert], base="base")
+        assert store.snapshot("expert").read_tensor("w").tobytes() == after

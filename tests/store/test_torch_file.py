@@ -100,6 +100,18 @@ class TestWhatIsThere:
             assert content(checkpoint) == {"": expected(NUMBERS, "F32")}
 
 
+def test_a_large_view_is_laid_out_in_pieces(tmp_path: Path) -> None:
+    """Not whole, and not again for each block."""
+    matrix = torch.arange(1 << 20, dtype=torch.int32).reshape(1 << 10, 1 << 10)
+    with open_checkpoint(save(tmp_path, {"w": matrix.t()})) as checkpoint:
+        source = checkpoint.tensors["w"]
+        out = np.empty(1 << 14, np.uint8)
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+            source.read_into(3 << 14, out)
+        assert out.tobytes() == matrix.t()[12:16].contiguous().view(torch.uint8).numpy().tobytes()
+        assert sum(max(event.cpu_memory_usage, 0) for event in profile.events()) < matrix.nbytes / 8
+
+
 class RunsCode:
     def __init__(self, marker: Path) -> None:
         self.marker = marker

@@ -15,8 +15,8 @@ from mergepipe.merge.methods import METHODS
 from mergepipe.merge.plan import Input, Plan
 from mergepipe.merge.planner import make_plan
 from mergepipe.store.digest import Digest, hash_bytes
+from mergepipe.store.kernels import HISTOGRAM_BINS
 from mergepipe.store.manifest import TensorEntry
-from mergepipe.store.statistics import HISTOGRAM_BINS
 
 BLOCK_ELEMENTS = 1024
 Question = tuple[str, list[Input], dict[str, Value]]

@@ -63,7 +63,7 @@ def make_plan(
     budget: str | None = None,
     max_error: float | None = None,
     dtype: str | None = None,
-    **parameters: float | bool,
+    **parameters: Any,
 ) -> Plan:
     """A plan; experts as ``{"math": 0.6}`` or ``{"math": {"weight": 0.6, "density": 0.2}}``."""
     named = [

@@ -44,15 +44,11 @@ def command(
     What came in as safetensors comes out byte for byte, with all other files of its folder. DIR appears only
     when it is whole, and is never overwritten without --force.
     """
-    from mergepipe.store.export import export_snapshot
-
     size = parse_size(max_shard_size) if max_shard_size is not None else None
     with open_store(store) as opened:
         snapshot = opened.snapshot(ref)
         with progress_bar(quiet=json) as progress:
-            result = export_snapshot(
-                snapshot, directory, force=force, max_shard_bytes=size, dtype=dtype, progress=progress
-            )
+            result = snapshot.export(directory, force=force, max_shard_bytes=size, dtype=dtype, progress=progress)
     if json:
         say_json(_as_json(ref, snapshot.commit_id, result))
     else:

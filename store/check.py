@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Final
 
 from mergepipe.store.catalog import ObjectRow, Writing
+from mergepipe.store.codecs import expect
 from mergepipe.store.commits import decode_commit
 from mergepipe.store.digest import Digest
 from mergepipe.store.errors import BadInputError, DamagedError, MergePipeError
@@ -85,6 +86,7 @@ def verify(
             findings.checked_bytes += row.stored_bytes
         advance(row.stored_bytes)
 
+    expect(0 if fast else sum(row.raw_bytes for row in rows.values()))
     workers = default_workers()
     with ThreadPoolExecutor(workers, thread_name_prefix="verify") as pool:
         run_bounded(pool, one, rows.items(), ahead=2 * workers)

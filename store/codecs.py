@@ -8,23 +8,24 @@ The ordered difference maps sign-magnitude floats to integers that keep their or
 (``x ^ ((x >> (bits-1)) & max)``), subtracts with wrap-around, and folds the sign into the lowest bit (zigzag), so
 that a small change of a weight is a small number whatever its exponent.
 
-Both also work as numcodecs codecs (:class:`Planes`, :class:`OrderedDelta`).
+Encoding runs compiled kernels. Loading them takes most of a second, so a process that only decodes does without
+(:mod:`mergepipe.store.plain_decoding`), unless they are loaded already, or there is much to do (:func:`expect`).
+
+Both also work as numcodecs codecs (:mod:`mergepipe.store.numcodecs_codecs`).
 """
 
 from __future__ import annotations
 
+import sys
 import threading
+from importlib import import_module
 from typing import Any, Final, TypeAlias
 
 import numpy as np
 import zstandard
-from numcodecs.abc import Codec
-from numcodecs.compat import ensure_contiguous_ndarray
-from numcodecs.registry import register_codec
-from numcodecs.zstd import Zstd
 from numpy.typing import NDArray
 
-from mergepipe.store import kernels
+from mergepipe.store import plain_decoding
 from mergepipe.store.digest import Buffer
 
 Bytes: TypeAlias = NDArray[np.uint8]
@@ -44,7 +45,8 @@ DELTA_WIDTHS: Final = (1, 2, 4)
 _RAW, _ZSTD = 0, 1
 _SAMPLE_BYTES: Final = 32 << 10
 _WORTH_IT: Final = 0.97  # a stream must shrink below this share to be worth its decoding
-_zstd = Zstd(level=1)  # decodes; any zstd library can
+_KERNELS: Final = "mergepipe.store.kernels"
+_WORTH_LOADING_BYTES: Final = 3 * 10**9  # numpy takes up to half a second longer for each gigabyte and thread
 
 
 class _Scratch(threading.local):
@@ -66,7 +68,7 @@ scratch = _Scratch()
 
 
 class _Compressors(threading.local):
-    """One zstd compressor for each thread: they keep state between calls."""
+    """zstd for each thread: compressors and decompressors keep state between calls."""
 
     def __init__(self) -> None:
         # Weights have no repeats to find, only skewed bytes. The smallest hash table and the longest minimum match make
@@ -81,6 +83,7 @@ class _Compressors(threading.local):
         )
         self.entropy = zstandard.ZstdCompressor(compression_params=parameters)
         self.text = zstandard.ZstdCompressor(level=3, write_content_size=True)
+        self.decompressor = zstandard.ZstdDecompressor()
 
 
 _compressors = _Compressors()
@@ -116,6 +119,8 @@ def decode_planes(payload: memoryview, width: int, out: Bytes) -> None:
 def encode_delta(data: Bytes, base: Bytes, width: int) -> list[Buffer]:
     """Encode as the ordered difference to ``base`` (same size, width 1, 2 or 4); returns the payload's parts."""
     planes = _plane_scratch(width, data.nbytes // width)
+    from mergepipe.store import kernels
+
     signed = _SIGNED[width]
     if width == 2:
         kernels.difference2(data.view(signed), base.view(signed), *planes)
@@ -135,14 +140,30 @@ def decode_delta(payload: memoryview, width: int, base: Bytes, out: Bytes) -> No
     planes = _plane_scratch(width, out.nbytes // width)
     _unpack(payload, planes)
     signed = _SIGNED[width]
-    if width == 2:
-        kernels.sum2(*planes, base.view(signed), out.view(signed))
+    target, old = out.view(signed), base.view(signed)
+    kernels = _loaded_kernels()
+    if kernels is None:
+        plain_decoding.add_difference(planes, old, target)
+    elif width == 2:
+        kernels.sum2(*planes, old, target)
     elif width == 4:
         folded = scratch.bytes("folded", out.nbytes)
-        _join(planes, 4, folded)
-        kernels.sum4(folded.view(_UNSIGNED[4]), base.view(signed), out.view(signed))
+        kernels.join4(*planes, folded.view(_UNSIGNED[4]))
+        kernels.sum4(folded.view(_UNSIGNED[4]), old, target)
     else:
-        kernels.sum1(*planes, base.view(signed), out.view(signed))
+        kernels.sum1(*planes, old, target)
+
+
+def expect(raw_bytes: int) -> None:
+    """Load the compiled kernels where that much decoding is to come."""
+    if raw_bytes > _WORTH_LOADING_BYTES:
+        import_module(_KERNELS)
+
+
+def _loaded_kernels() -> Any:
+    """The kernels' module where it is loaded, and loaded to its end: another thread may be at it."""
+    module = sys.modules.get(_KERNELS)
+    return module if getattr(module, "READY", False) else None
 
 
 def payload_size(parts: list[Buffer]) -> int:
@@ -155,6 +176,8 @@ def _plane_scratch(width: int, elements: int) -> list[Bytes]:
 
 
 def _split(data: Bytes, width: int, planes: list[Bytes]) -> None:
+    from mergepipe.store import kernels
+
     if width == 2:
         kernels.split2(data.view(_UNSIGNED[2]), *planes)
     elif width == 4:
@@ -165,13 +188,16 @@ def _split(data: Bytes, width: int, planes: list[Bytes]) -> None:
 
 
 def _join(planes: list[Bytes], width: int, out: Bytes) -> None:
-    if width == 2:
-        kernels.join2(*planes, out.view(_UNSIGNED[2]))
-    elif width == 4:
-        kernels.join4(*planes, out.view(_UNSIGNED[4]))
-    else:
+    kernels = _loaded_kernels()
+    if width == 8:
         for index, plane in enumerate(planes):
             out[index::width] = plane
+    elif kernels is None:
+        plain_decoding.join(planes, out.view(_UNSIGNED[width]))
+    elif width == 2:
+        kernels.join2(*planes, out.view(_UNSIGNED[2]))
+    else:
+        kernels.join4(*planes, out.view(_UNSIGNED[4]))
 
 
 def _pack(planes: list[Bytes], *, text: bool = False) -> list[Buffer]:
@@ -213,12 +239,27 @@ def _unpack(payload: memoryview, planes: list[Bytes]) -> None:
         if method == _RAW and size == plane.nbytes:
             plane[:] = np.frombuffer(stream, np.uint8)
         elif method == _ZSTD and zstd_content_size(stream) == plane.nbytes:
-            if plane.nbytes:
-                _zstd.decode(stream, out=plane)
+            _decompress(stream, plane)
         else:
             raise ValueError("a plane's stream does not have the plane's size")
     if position != payload.nbytes:
         raise ValueError("the payload goes on after its last plane")
+
+
+def _decompress(stream: memoryview, plane: Bytes) -> None:
+    """Fill a plane from one zstd frame of its size; raises ValueError."""
+    view, done = plane.data, 0
+    try:
+        with _compressors.decompressor.stream_reader(stream, read_across_frames=True) as reader:
+            while done < view.nbytes:
+                count = reader.readinto(view[done:])
+                if not count:
+                    raise ValueError("a plane's stream ends early")
+                done += count
+            if reader.read(1):
+                raise ValueError("a plane's stream goes on after its frame")
+    except zstandard.ZstdError as error:
+        raise ValueError(f"a plane's stream is no zstd frame: {error}") from error
 
 
 def zstd_content_size(frame: memoryview) -> int | None:
@@ -233,78 +274,3 @@ def zstd_content_size(frame: memoryview) -> int | None:
     if field_bytes == 0 or len(field) != field_bytes:
         return None
     return int.from_bytes(field, "little") + (256 if field_bytes == 2 else 0)
-
-
-class Planes(Codec):  # type: ignore[misc]  # numcodecs ships no types
-    """numcodecs codec: byte planes, each zstd level 1. Config: ``{"id": "mergepipe.planes", "width": 2}``."""
-
-    codec_id = "mergepipe.planes"
-
-    def __init__(self, width: int = 2) -> None:
-        self.width = width
-
-    def encode(self, buf: Any) -> bytes:
-        """``u64 raw size`` then the payload."""
-        data = ensure_contiguous_ndarray(buf).reshape(-1).view(np.uint8)
-        return _sized(data, encode_planes(data, effective_width(data.nbytes, self.width)))
-
-    def decode(self, buf: Any, out: Any = None) -> Any:
-        payload, target = _split_sized(buf)
-        decode_planes(payload, effective_width(target.nbytes, self.width), target)
-        return _deliver(target, out)
-
-
-class OrderedDelta(Codec):  # type: ignore[misc]  # numcodecs ships no types
-    """numcodecs codec: ordered difference to a base. Config: ``{"id": "mergepipe.delta", "width": 2}``.
-
-    A codec made from its config has no base bytes: give them with :meth:`bind`.
-    """
-
-    codec_id = "mergepipe.delta"
-
-    def __init__(self, width: int = 2) -> None:
-        self.width = width
-        self._base: Bytes | None = None
-
-    def bind(self, base: Any) -> OrderedDelta:
-        """A codec of the same config that encodes against ``base``."""
-        bound = OrderedDelta(self.width)
-        bound._base = ensure_contiguous_ndarray(base).reshape(-1).view(np.uint8)
-        return bound
-
-    def encode(self, buf: Any) -> bytes:
-        data = ensure_contiguous_ndarray(buf).reshape(-1).view(np.uint8)
-        return _sized(data, encode_delta(data, self._bound(data), effective_width(data.nbytes, self.width)))
-
-    def decode(self, buf: Any, out: Any = None) -> Any:
-        payload, target = _split_sized(buf)
-        decode_delta(payload, effective_width(target.nbytes, self.width), self._bound(target), target)
-        return _deliver(target, out)
-
-    def _bound(self, data: Bytes) -> Bytes:
-        if self._base is None or self._base.nbytes != data.nbytes:
-            raise ValueError("bind() a base block of the same size first")
-        return self._base
-
-
-def _sized(data: Bytes, parts: list[Buffer]) -> bytes:
-    return b"".join([data.nbytes.to_bytes(8, "little"), *parts])
-
-
-def _split_sized(buf: Any) -> tuple[memoryview, Bytes]:
-    view = memoryview(ensure_contiguous_ndarray(buf).reshape(-1).view(np.uint8))
-    size = int.from_bytes(view[:8], "little")
-    if size > 1 << 32:
-        raise ValueError(f"{size} bytes is more than a block can have")
-    return view[8:], np.empty(size, np.uint8)
-
-
-def _deliver(target: Bytes, out: Any) -> Any:
-    if out is None:
-        return target
-    np.copyto(ensure_contiguous_ndarray(out).reshape(-1).view(np.uint8), target)
-    return out
-
-
-register_codec(Planes)
-register_codec(OrderedDelta)

@@ -19,8 +19,7 @@ from pathlib import Path
 from typing import Final
 
 from mergepipe.store.checkpoint import INDEX, TORCH_INDEX, is_safe_path
-from mergepipe.store.codecs import scratch
-from mergepipe.store.convert import check_conversion, convert_block
+from mergepipe.store.codecs import expect, scratch
 from mergepipe.store.digest import Digest
 from mergepipe.store.dtypes import DType
 from mergepipe.store.errors import BadInputError, ConflictError, DamagedError
@@ -99,6 +98,7 @@ def export_snapshot(
     try:
         partial.mkdir(parents=True)
         total = sum(len(shard.header.raw) + shard.header.data_bytes for shard in shards)
+        expect(total)
         _write_shards(snapshot, partial, shards, workers or default_workers(), counter(progress, "export", total))
         written = total + _write_files(snapshot, partial, kept, extra_files or {})
         unaltered = bool(snapshot.shards) and max_shard_bytes is None and dtype is None
@@ -130,6 +130,8 @@ def _check_free(directory: Path, snapshot: Snapshot, *, force: bool) -> None:
 def _layout(snapshot: Snapshot, max_shard_bytes: int | None, dtype: str | None) -> list[_OutputShard]:
     target = None
     if dtype is not None:
+        from mergepipe.store.convert import check_conversion
+
         target = check_conversion(dtype)
     if snapshot.shards and max_shard_bytes is None and target is None:
         return _kept_layout(snapshot)
@@ -244,6 +246,8 @@ def _copy_block(reader: ObjectReader, piece: _Piece) -> None:
     data = scratch.bytes("outgoing", piece.size)
     reader.read_block(piece.digest, data)
     if piece.to is not piece.source:
+        from mergepipe.store.convert import convert_block
+
         data = convert_block(data, piece.source, piece.to)
     _pwrite(piece.descriptor, data.data, piece.position)
 

@@ -247,3 +247,6 @@ def statistics_float32(
         out[0] += _row(delta[start : start + width], width, row, lanes, bins, histogram)
         if row % _FLUSH_ROWS == _FLUSH_ROWS - 1 or row == rows - 1:
             _flush(lanes, sketch, out)
+
+
+READY: Final = True  # a thread that finds this module half loaded looks here

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     import zarr
 
     from mergepipe.store.codecs import Bytes
+    from mergepipe.store.export import ExportResult
 
 _READ_AHEAD_BLOCKS: Final = 256
 
@@ -142,7 +143,7 @@ class Snapshot:
             for block in islice(blocks, _READ_AHEAD_BLOCKS):
                 self.reader.prefetch(block)
 
-    def export(self, directory: Path | str, **options: Any) -> Any:
+    def export(self, directory: Path | str, **options: Any) -> ExportResult:
         """Write the checkpoint to ``directory``; see :func:`mergepipe.store.export.export_snapshot`."""
         # While the compiled kernels load, the disk can work already.
         threading.Thread(target=self._read_ahead, daemon=True).start()

@@ -9,14 +9,26 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import pytest
-from hypothesis import HealthCheck, settings
+# Each worker compiles for itself: two at once in one cache, with arguments of other types, can mix up its entries.
+_ROOT = Path(__file__).resolve().parents[1]
+os.environ.setdefault("NUMBA_CACHE_DIR", str(_ROOT / "build" / "numba" / os.environ.get("PYTEST_XDIST_WORKER", "main")))
 
-from mergepipe.store import Store
-from support.stores import assert_clean
+import pytest  # noqa: E402
+from hypothesis import HealthCheck, settings  # noqa: E402
+
+from mergepipe.store import Store  # noqa: E402
+from support.stores import assert_clean  # noqa: E402
 
 os.environ.pop("MP_STORE", None)  # tests name their stores
 DEEP = os.environ.get("MP_TEST_DEPTH") == "deep"
+
+# Stores are made and flushed by the hundred. In memory that takes half of the time, and no other program's writes are
+# waited for; on a disk it is the same code. `make test-deep`, TMPDIR and --basetemp go to the disk.
+_MEMORY = Path("/dev/shm")
+if not DEEP and "TMPDIR" not in os.environ and os.access(_MEMORY, os.W_OK):
+    _room = os.statvfs(_MEMORY)
+    if _room.f_bavail * _room.f_frsize > 4 << 30:
+        os.environ.setdefault("PYTEST_DEBUG_TEMPROOT", str(_MEMORY))
 
 _COMMON: dict[str, Any] = {
     "deadline": None,  # the machine is shared, and time proves nothing

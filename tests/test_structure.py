@@ -78,8 +78,8 @@ def test_only_publish_moves_objects() -> None:
     [
         ("mergepipe.store", ["torch", "zarr", "numpy", "numba", "numcodecs", "transformers", "rich", "typer"]),
         ("mergepipe.store.ingest", ["torch", "zarr", "transformers"]),
-        ("mergepipe.store.export", ["torch", "zarr", "transformers"]),
-        ("mergepipe.store.check", ["torch", "zarr", "transformers"]),
+        ("mergepipe.store.export", ["torch", "zarr", "numba", "numcodecs", "transformers"]),
+        ("mergepipe.store.check", ["torch", "zarr", "numba", "numcodecs", "transformers"]),
         ("mergepipe.store.usage", ["torch", "zarr", "numpy", "numba"]),
         ("mergepipe.store.refs", ["torch", "zarr", "numpy", "numba"]),
     ],

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import json
-
-import numcodecs
 import numpy as np
 import pytest
 import zstandard
@@ -12,10 +9,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
+from mergepipe.store import codecs, kernels
 from mergepipe.store.codecs import (
     DELTA_WIDTHS,
-    OrderedDelta,
-    Planes,
     decode_delta,
     decode_planes,
     effective_width,
@@ -33,6 +29,16 @@ SPECIAL_32 = np.array(
     [0, 1, 0x80000000, 0x80000001, 0x7F800000, 0xFF800000, 0x7F800001, 0x7FC00000, 0xFFFFFFFF, 0x7FFFFFFF, 0x3F800000],
     "<u4",
 )  # zeros, subnormals, infinities, signalling and quiet NaNs, one
+
+
+@pytest.fixture(params=["compiled", "plain"], autouse=True)
+def decoder(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Everything here holds for both ways to decode."""
+    if request.param == "plain":
+        monkeypatch.setattr(codecs, "_loaded_kernels", lambda: None)
+    else:
+        assert kernels.READY
+        assert codecs._loaded_kernels() is kernels
 
 
 def planes_back(data: Block, width: int, *, text: bool = False) -> Block:
@@ -119,6 +125,17 @@ class TestSizes:
         low, high = payload[16:21], payload[21:26]
         assert max(low) <= 2
         assert set(high) == {0}
+
+    def test_a_payload_stays_as_it_is_when_the_next_is_made(self) -> None:
+        """Both encodings of a block are made before one is chosen, in the same buffers."""
+        noise, other = np.random.default_rng(2).integers(0, 256, (2, 4096), np.uint8)
+        for width in (1, 2, 4, 8):
+            parts = [encode_planes(noise, width)]
+            if width in DELTA_WIDTHS:
+                parts.append(encode_delta(noise, other, width))
+            before = [b"".join(each) for each in parts]
+            encode_planes(other, width)
+            assert [b"".join(each) for each in parts] == before
 
     @pytest.mark.parametrize(("size", "width", "planes"), [(10, 2, 2), (11, 2, 1), (12, 8, 1), (16, 8, 8), (6, 3, 1)])
     def test_a_block_that_is_no_whole_number_of_elements_is_one_plane(self, size: int, width: int, planes: int) -> None:
@@ -242,38 +259,3 @@ class TestContentSize:
     def test_a_cut_header_has_none(self) -> None:
         frame = zstandard.compress(bytes(100_000))
         assert zstd_content_size(memoryview(frame[:6])) is None
-
-
-class TestNumcodecs:
-    @given(st.data(), widths)
-    def test_planes_from_their_config(self, data: st.DataObject, width: int) -> None:
-        codec = numcodecs.get_codec(json.loads(json.dumps(Planes(width).get_config())))
-        assert isinstance(codec, Planes)
-        assert codec.get_config() == {"id": "mergepipe.planes", "width": width}
-        block = data.draw(blocks(1))
-        assert np.array_equal(codec.decode(codec.encode(block)), block)
-
-    @given(st.data(), delta_widths)
-    def test_deltas_from_their_config(self, data: st.DataObject, width: int) -> None:
-        codec = numcodecs.get_codec(json.loads(json.dumps(OrderedDelta(width).get_config())))
-        assert isinstance(codec, OrderedDelta)
-        assert codec.get_config() == {"id": "mergepipe.delta", "width": width}
-        block = data.draw(blocks(1))
-        bound = codec.bind(np.flip(block).copy())
-        out = np.empty_like(block)
-        assert bound.decode(bound.encode(block), out) is out
-        assert np.array_equal(out, block)
-
-    def test_arrays_of_any_type_are_their_bytes(self) -> None:
-        array = np.linspace(0, 1, 1000, dtype="<f4").reshape(10, 100)
-        decoded = Planes(4).decode(Planes(4).encode(array))
-        assert np.array_equal(decoded.view("<f4").reshape(10, 100), array)
-
-    def test_a_delta_without_its_base_says_so(self) -> None:
-        for codec in (OrderedDelta(2), OrderedDelta(2).bind(np.zeros(6, np.uint8))):
-            with pytest.raises(ValueError, match="bind"):
-                codec.encode(np.zeros(8, np.uint8))
-
-    def test_an_absurd_size_is_refused(self) -> None:
-        with pytest.raises(ValueError, match="more than a block"):
-            Planes(1).decode((1 << 40).to_bytes(8, "little") + bytes(8))

@@ -125,6 +125,7 @@ LIES: dict[str, tuple[Any, int, list[str]]] = {
     "extents beyond 64 bits": ({"w": entry(shape=[1 << 64])}, 8, ["'w'", "whole numbers"]),
     "too many dimensions": ({"w": entry(shape=[1] * 65 + [2])}, 8, ["'w'", "whole numbers"]),
     "half a byte": ({"w": entry(dtype="F4", shape=[3], data_offsets=[0, 2])}, 2, ["'w'", "1.5 bytes"]),
+    "half a byte too few": ({"w": entry(dtype="F4", shape=[3], data_offsets=[0, 1])}, 1, ["'w'", "1.5 bytes"]),
     "a gap before the first": ({"w": entry(data_offsets=[4, 12])}, 12, ["'w'", "gap"]),
     "a gap between": ({"v": GOOD, "w": entry(data_offsets=[12, 20])}, 20, ["'w'", "gap"]),
     "an overlap": ({"v": GOOD, "w": entry(data_offsets=[4, 12])}, 12, ["'w'", "overlaps"]),

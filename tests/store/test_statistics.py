@@ -69,12 +69,13 @@ def test_they_are_those_of_numpy(dtype: str, old_dtype: str, elements: int, seed
     assert np.array_equal(histogram, np.bincount(magnitudes.view(np.uint32) >> 16, minlength=HISTOGRAM_BINS))
 
 
-def test_long_sums_stay_exact() -> None:
+@pytest.mark.parametrize("dtype", ["BF16", "F32"])
+def test_long_sums_stay_exact(dtype: str) -> None:
     """Two million equal steps: a float32 sum alone would be off by percents."""
     elements = 1 << 21
-    found, _, _ = measure(np.full(elements, 0.1), np.zeros(elements))
-    assert math.isclose(found.l1, elements * float(np.float32(0.1)), rel_tol=1e-5)
-    assert math.isclose(found.l2, math.sqrt(elements) * float(np.float32(0.1)), rel_tol=1e-5)
+    found, _, delta = measure(np.full(elements, 0.1), np.zeros(elements), dtype)
+    assert math.isclose(found.l1, elements * delta[0], rel_tol=1e-6)
+    assert math.isclose(found.l2, math.sqrt(elements) * delta[0], rel_tol=1e-6)
 
 
 def test_equal_blocks_have_no_delta() -> None:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import shlex
-import shutil
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Final
 
@@ -14,6 +14,7 @@ from mergepipe.cli.options import JsonOption, StoreOption, complete_ref, open_or
 from mergepipe.cli.progress import progress_bar
 from mergepipe.cli.tables import plural, seconds_text, share
 from mergepipe.cli.terminal import note, paint, say, say_json
+from mergepipe.store.errors import DamagedError
 from mergepipe.store.refs import find_ref, load_commit, ref_name_for
 from mergepipe.store.sizes import format_size
 
@@ -73,18 +74,19 @@ def _ingest(
 ) -> list[IngestResult]:
     """Ingest into the store that was asked for, or a new one, which goes again where nothing could be stored."""
     opened, is_new = open_or_make_store(where)
-    try:
-        with opened:
+    with opened:
+        try:
             if is_new:
                 note(f"made a store in {opened.layout.root}")
             if base is None:
-                _suggest(opened, paths, ref)
+                with suppress(DamagedError):  # a suggestion is no reason to fail
+                    _suggest(opened, paths, ref)
             with progress_bar(quiet=quiet) as progress:
                 return opened.ingest(paths, base=base, ref=ref, message=message, progress=progress)
-    except BaseException:
-        if is_new:
-            shutil.rmtree(opened.layout.root, ignore_errors=True)
-        raise
+        except BaseException:
+            if is_new:
+                opened.discard_if_empty()
+            raise
 
 
 def _suggest(store: Store, paths: Sequence[Path], ref: str | None) -> None:

@@ -19,7 +19,8 @@ from mergepipe.merge.plan import Plan, TensorPlan
 from mergepipe.merge.planner import coefficients_of, keeps_base
 from mergepipe.merge.tiles import PlaceWork, merge_place
 from mergepipe.store.canonical import dump_canonical
-from mergepipe.store.digest import Digest, hash_record
+from mergepipe.store.chunking import block_elements
+from mergepipe.store.digest import DIGEST_BYTES, Digest, hash_record
 from mergepipe.store.dtypes import DTYPES, DType
 from mergepipe.store.manifest import TensorEntry
 from mergepipe.store.objects import ObjectReader
@@ -146,7 +147,8 @@ def _look_up(run: Run, tensor: _Tensor, index: int, *, everywhere: bool) -> Dige
         for entry, indices in zip(tensor.experts, tensor.reads, strict=True)
     )
     place = _Place(tensor, index, experts, recipe_id(run.plan, tensor.plan, base, experts, tensor))
-    known = _known_result(run, place.recipe) if run.use_cache else None
+    size = tensor.out_type.nbytes(block_elements(tensor.base.shape, tensor.base.chunks, index)[1])
+    known = _known_result(run, place.recipe, size) if run.use_cache else None
     return known if known is not None else place
 
 
@@ -172,10 +174,16 @@ def _compute_place(run: Run, method: Method, place: _Place) -> Digest:
     return digest
 
 
-def _known_result(run: Run, recipe: Digest) -> Digest | None:
+def _known_result(run: Run, recipe: Digest, size: int) -> Digest | None:
     with run.store.catalog.reading() as view:
         found = view.get("results", recipe)
-    if found is None or not is_stored(run.store.layout, run.store.catalog, Digest(found)):
+        row = view.object_row(Digest(found)) if found is not None and len(found) == DIGEST_BYTES else None
+    if (
+        found is None
+        or row is None
+        or row.raw_bytes != size
+        or not is_stored(run.store.layout, run.store.catalog, Digest(found))
+    ):
         return None
     run.cached += 1
     run.relied_on.add(Digest(found))

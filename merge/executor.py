@@ -85,6 +85,8 @@ def execute(
             commit_id, unchanged = staging.add_record(Kind.COMMIT, commit.encode()), False
             changes.commits.append(commit)
             changes.refs.append(RefUpdate(ref, before, commit_id, "branch", "merge", commit.author))
+        else:
+            staging.add_record(Kind.COMMIT, store.commit(before).encode())  # writes it only where its file was lost
         publish(store.catalog, staging, changes)
         assert commit_id is not None
         return MergeResult(

@@ -139,10 +139,12 @@ class Plan:
 def read_plan(path: Path) -> Plan:
     """A plan from a file; raises NotFoundError or BadInputError."""
     try:
-        size = path.stat().st_size
-        if size > MAXIMUM_PLAN_BYTES:
-            raise BadInputError(f"{path}: {size} bytes is more than a plan has")
-        data = path.read_bytes()
+        if not path.is_file() and path.exists():
+            raise BadInputError(f"{path}: not a file")
+        with path.open("rb") as file:
+            data = file.read(MAXIMUM_PLAN_BYTES + 1)
+        if len(data) > MAXIMUM_PLAN_BYTES:
+            raise BadInputError(f"{path}: {path.stat().st_size} bytes is more than a plan has")
     except FileNotFoundError:
         raise NotFoundError(f"there is no plan {path}", hint="Make one with `mp plan … -o p.json`.") from None
     except OSError as error:

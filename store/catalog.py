@@ -32,6 +32,7 @@ Databases: TypeAlias = dict[str, Any]
 DATABASES: Final = (
     "objects", "deltas", "tensors", "commits", "children", "refs", "reflog", "results", "meta", "damaged",
 )  # fmt: skip
+_DATA: Final = "data.mdb"
 _ENGINE: Final = 0  # LMDB 0.9's file format; 1.0's differs, and only one of them can open a file
 _MAP_BYTES: Final = 64 << 30  # reserved address space, not disk
 _NEARLY_FULL_BYTES: Final = 1 << 20
@@ -75,8 +76,13 @@ def unpack_object_row(data: bytes) -> ObjectRow:
 class Catalog:
     """One open LMDB environment."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, *, create: bool = False) -> None:
         refuse_network_filesystem(path)
+        if not create and not _has_content(path / _DATA):
+            raise DamagedError(
+                f"the catalog in {path} is lost: there is no {_DATA}, or nothing in it",
+                hint="The objects are not lost: keep the folder, and put the catalog back from a copy.",
+            )
         self.path = path
         self._pid = os.getpid()
         self.read_only = not os.access(path, os.W_OK)
@@ -205,7 +211,16 @@ _open: dict[str, tuple[int, int, Catalog]] = {}
 _guard = threading.Lock()
 
 
-def open_catalog(path: Path) -> Catalog:
+def _has_content(path: Path) -> bool:
+    try:
+        return path.stat().st_size > 0
+    except OSError as error:
+        if isinstance(error, FileNotFoundError | NotADirectoryError):
+            return False
+        raise
+
+
+def open_catalog(path: Path, *, create: bool = False) -> Catalog:
     """The process's catalog for a path; each call needs one :func:`release_catalog`."""
     key = str(path.resolve())
     with _guard:
@@ -214,7 +229,7 @@ def open_catalog(path: Path) -> Catalog:
             raise _forked(path)
         if catalog is None:
             try:
-                catalog, users = Catalog(path), 0
+                catalog, users = Catalog(path, create=create), 0
             except OSError as error:
                 raise explain_os_error(error, f"opening the catalog in {path}") from error
         _open[key] = (users + 1, os.getpid(), catalog)

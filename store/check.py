@@ -8,7 +8,7 @@ anew. An object that is well again loses its mark.
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Final
@@ -86,7 +86,8 @@ def verify(
             findings.checked_bytes += row.stored_bytes
         advance(row.stored_bytes)
 
-    expect(0 if fast else sum(row.raw_bytes for row in rows.values()))
+    deltas = [row.raw_bytes for row in rows.values() if row.encoding is Encoding.DELTA]
+    expect(0 if fast else sum(deltas), differences=True)
     workers = default_workers()
     with ThreadPoolExecutor(workers, thread_name_prefix="verify") as pool:
         run_bounded(pool, one, rows.items(), ahead=2 * workers)
@@ -152,6 +153,7 @@ def _check_records(store: Store, rows: dict[Digest, ObjectRow], findings: _Findi
             commit = decode_commit(value, f"commit {digest.short}")
             if commit.id != digest:
                 raise BadInputError(f"the catalog's copy of commit {digest.short} is not that commit")
+            _check_sizes(Snapshot(store.reader, digest, commit), rows, findings)
             for needed in object_ids(Snapshot(store.reader, digest, commit)):
                 if needed not in rows:
                     findings.reasons[needed] = ("unknown", f"commit {digest.short} needs it, and it is not there")
@@ -159,6 +161,16 @@ def _check_records(store: Store, rows: dict[Digest, ObjectRow], findings: _Findi
             continue  # the node itself is found below, by its own check
         except MergePipeError as error:
             findings.reasons[digest] = ("commit", error.message)
+
+
+def _check_sizes(snapshot: Snapshot, rows: Mapping[Digest, ObjectRow], findings: _Findings) -> None:
+    """A tensor's blocks have the sizes that its shape gives them."""
+    for name, entry in snapshot.tensors.items():
+        for index, block in enumerate(entry.blocks):
+            row, size = rows.get(block), entry.block_span(index)[1]
+            if row is not None and row.raw_bytes != size:
+                reason = f"tensor {name!r} needs {size} bytes as block {index}, and {block.short} has {row.raw_bytes}"
+                findings.reasons[snapshot.commit_id] = ("commit", reason)
 
 
 def _mark(store: Store, rows: Iterable[Digest], damaged: set[Digest], *, fast: bool) -> None:

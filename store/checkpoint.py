@@ -217,18 +217,33 @@ def _open_directory(checkpoint: Checkpoint) -> None:
             f"{checkpoint.path} has no weights: no .safetensors, .bin or .pt file with tensors",
             hint="Give the folder that holds the weights, or one weights file.",
         )
+    if TORCH_INDEX in found and weights and not weights[0].endswith(".safetensors"):
+        _check_torch_index(checkpoint, found[TORCH_INDEX])
     for name, path in found.items():
-        if name not in weights or not name.endswith(".safetensors"):
-            if name in weights:
-                continue
+        if name not in weights:
             checkpoint.files[name] = checkpoint.open_file(path)
+
+
+def _check_torch_index(checkpoint: Checkpoint, index: Path) -> None:
+    """Raises BadInputError where a tensor that the index lists is in none of the files, or in another one."""
+    for tensor, name in load_strict(index.read_bytes(), str(index))["weight_map"].items():
+        source = checkpoint.tensors.get(tensor)
+        if source is None or source.file.name != name:
+            raise BadInputError(
+                f"{index}: the index disagrees with shard {name} about tensor {tensor!r}, which the shard has not",
+                hint="The files are of different versions. Download them again.",
+            )
 
 
 def _walk(top: Path) -> dict[str, Path]:
     """All files below ``top`` by relative path; raises BadInputError for links that lead out of it."""
     found: dict[str, Path] = {}
     allowed = [top.resolve(), *_hub_blobs(top)]
-    for folder, folders, names in os.walk(top):
+
+    def refuse(error: OSError) -> None:
+        raise BadInputError(f"{error.filename}: cannot be read: {error.strerror}", hint="Check its owner and mode.")
+
+    for folder, folders, names in os.walk(top, onerror=refuse):
         folders[:] = sorted(name for name in folders if name not in _SKIPPED_FOLDERS)
         for name in [*folders, *sorted(names)]:
             path = Path(folder, name)

@@ -46,7 +46,9 @@ _RAW, _ZSTD = 0, 1
 _SAMPLE_BYTES: Final = 32 << 10
 _WORTH_IT: Final = 0.97  # a stream must shrink below this share to be worth its decoding
 _KERNELS: Final = "mergepipe.store.kernels"
-_WORTH_LOADING_BYTES: Final = 3 * 10**9  # numpy takes up to half a second longer for each gigabyte and thread
+# From how many bytes on the kernels are worth their loading: joining planes is nearly as fast without them, adding
+# differences is several times slower.
+_WORTH_LOADING_BYTES: Final = {False: 3 * 10**9, True: 4 * 10**8}
 
 
 class _Scratch(threading.local):
@@ -154,9 +156,9 @@ def decode_delta(payload: memoryview, width: int, base: Bytes, out: Bytes) -> No
         kernels.sum1(*planes, old, target)
 
 
-def expect(raw_bytes: int) -> None:
-    """Load the compiled kernels where that much decoding is to come."""
-    if raw_bytes > _WORTH_LOADING_BYTES:
+def expect(raw_bytes: int, *, differences: bool) -> None:
+    """Load the compiled kernels where that much decoding is to come, of ``differences`` or of planes alone."""
+    if raw_bytes > _WORTH_LOADING_BYTES[differences]:
         import_module(_KERNELS)
 
 

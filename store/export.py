@@ -22,8 +22,8 @@ from mergepipe.store.checkpoint import INDEX, TORCH_INDEX, is_safe_path
 from mergepipe.store.codecs import expect, scratch
 from mergepipe.store.digest import Digest
 from mergepipe.store.dtypes import DType
-from mergepipe.store.errors import BadInputError, ConflictError, DamagedError
-from mergepipe.store.filesystem import explain_os_error, flush_directory, flush_filesystem, start_writeback
+from mergepipe.store.errors import BadInputError, ConflictError, DamagedError, UsageError
+from mergepipe.store.filesystem import exchange, explain_os_error, flush_directory, flush_filesystem, start_writeback
 from mergepipe.store.manifest import FileEntry, TensorEntry
 from mergepipe.store.objects import ObjectReader
 from mergepipe.store.parallel import Progress, counter, default_workers, run_bounded
@@ -98,7 +98,7 @@ def export_snapshot(
     try:
         partial.mkdir(parents=True)
         total = sum(len(shard.header.raw) + shard.header.data_bytes for shard in shards)
-        expect(total)
+        expect(total, differences=snapshot.commit.parent("base") is not None)
         _write_shards(snapshot, partial, shards, workers or default_workers(), counter(progress, "export", total))
         written = total + _write_files(snapshot, partial, kept, extra_files or {})
         unaltered = bool(snapshot.shards) and max_shard_bytes is None and dtype is None
@@ -116,14 +116,23 @@ def export_snapshot(
 
 
 def _check_free(directory: Path, snapshot: Snapshot, *, force: bool) -> None:
-    """Raises ConflictError where the folder is there; with ``force``, only where too much would go with it."""
-    if not directory.exists():
+    """Raises ConflictError where the folder is there or in the store; ``force`` replaces only what can be spared."""
+    layout, target = snapshot.reader.layout, directory.resolve()
+    for place in (layout.root, layout.catalog):
+        if target.is_relative_to(place.resolve()):
+            raise ConflictError(f"{directory} is in the store, and is not replaced", hint="Choose another folder.")
+    if not os.path.lexists(directory):
         return
     if not force:
         raise ConflictError(f"{directory} exists already", hint="Choose another name, or replace it with --force.")
-    precious = {"the store": snapshot.reader.layout.root, "the working directory": Path.cwd(), "your home": Path.home()}
+    precious = {
+        "the store": layout.root,
+        "the store's catalog": layout.catalog,
+        "the working directory": Path.cwd(),
+        "your home": Path.home(),
+    }
     for what, place in precious.items():
-        if place.resolve().is_relative_to(directory.resolve()):
+        if place.resolve().is_relative_to(target):
             raise ConflictError(f"{directory} holds {what}, and is not replaced", hint="Choose another folder.")
 
 
@@ -135,7 +144,9 @@ def _layout(snapshot: Snapshot, max_shard_bytes: int | None, dtype: str | None) 
         target = check_conversion(dtype)
     if snapshot.shards and max_shard_bytes is None and target is None:
         return _kept_layout(snapshot)
-    limit = max_shard_bytes or DEFAULT_SHARD_BYTES
+    limit = DEFAULT_SHARD_BYTES if max_shard_bytes is None else max_shard_bytes
+    if limit < 1:
+        raise UsageError("the largest shard size must be at least 1 byte", hint="Write it as in 5GB.")
     groups: list[list[tuple[str, DType, tuple[int, ...]]]] = [[]]
     filled = 0
     for name, entry in snapshot.tensors.items():
@@ -311,18 +322,12 @@ def _same_header(snapshot: Snapshot, shard: _OutputShard) -> bool:
 
 
 def _put_in_place(partial: Path, directory: Path, force: bool) -> None:
-    """Rename the finished folder to its name; a replaced one is moved aside first and then removed."""
-    if not force or not directory.exists():
+    """Rename the finished folder to its name; one that is replaced changes places with it, and is then removed."""
+    if not force or not os.path.lexists(directory):
         partial.rename(directory)
         flush_directory(directory.parent)
         return
-    aside = directory.with_name(f".{directory.name}.{secrets.token_hex(4)}.old")
-    directory.rename(aside)
-    try:
-        partial.rename(directory)
-    except OSError:
-        aside.rename(directory)
-        raise
+    aside = exchange(partial, directory)
     flush_directory(directory.parent)
     if aside.is_dir() and not aside.is_symlink():
         shutil.rmtree(aside)

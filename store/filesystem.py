@@ -40,6 +40,8 @@ NETWORK_FILESYSTEMS: Final = frozenset(
 )
 
 _SYNC_FILE_RANGE_WRITE: Final = 2
+_RENAME_EXCHANGE: Final = 2
+_HERE: Final = -100  # AT_FDCWD
 
 
 def filesystem_type(path: Path, mounts: str | None = None) -> str:
@@ -133,6 +135,25 @@ def will_need(path: str, first_bytes: int) -> bytes:
         return os.pread(descriptor, first_bytes, 0) if first_bytes else b""
     finally:
         os.close(descriptor)
+
+
+def exchange(new: Path, old: Path) -> Path:
+    """Let ``new`` take the name of ``old``; returns where ``old`` lies then. In one step where the system can do that.
+
+    Otherwise there is a moment in which neither has the name; whatever interrupts it, the old one gets it back.
+    """
+    call = getattr(_libc(), "renameat2", None)
+    if call is not None and call(_HERE, os.fsencode(new), _HERE, os.fsencode(old), _RENAME_EXCHANGE) == 0:
+        return new
+    aside = new.with_name(f"{new.name}.old")
+    old.rename(aside)
+    try:
+        new.rename(old)
+    except BaseException:
+        if not os.path.lexists(old):
+            aside.rename(old)
+        raise
+    return aside
 
 
 def explain_os_error(error: OSError, doing: str) -> MergePipeError:

@@ -85,6 +85,11 @@ def create_layout(root: Path, *, block_bytes: int = DEFAULT_BLOCK_BYTES, catalog
     return Layout(root, block_bytes, where)
 
 
+def is_layout(root: Path) -> bool:
+    """Whether a directory is a store: its settings are there."""
+    return (root / _SETTINGS).exists()
+
+
 def discard_layout(layout: Layout) -> None:
     """Take back a store that was just made and whose catalog could not be: the directory is no store any more."""
     (layout.root / _SETTINGS).unlink(missing_ok=True)

@@ -23,6 +23,7 @@ from mergepipe.store.digest import Digest
 from mergepipe.store.errors import ConflictError
 from mergepipe.store.filesystem import explain_os_error, flush_directory, flush_files, flush_filesystem
 from mergepipe.store.interrupts import too_late_to_interrupt
+from mergepipe.store.layout import is_layout
 from mergepipe.store.refs import Ref, decode_ref, encode_ref
 from mergepipe.store.staging import Staging
 
@@ -66,6 +67,10 @@ def publish(catalog: Catalog, staging: Staging | None, changes: Changes) -> None
             raise explain_os_error(error, "flushing new objects to disk") from error
 
     def change(view: Writing) -> None:
+        if staging is not None and not is_layout(staging.layout.root):
+            raise ConflictError(
+                f"the store {staging.layout.root} was taken away meanwhile", hint="Run the command again."
+            )
         for update in changes.refs:
             _expect(view, update)
         if staging is not None and staging.rows:

@@ -106,7 +106,10 @@ def load_commit(view: Reading, digest: Digest) -> Commit:
     if data is None:
         raise NotFoundError(f"there is no commit {digest.short} in this store")
     try:
-        return decode_commit(data, f"commit {digest.short}")
+        commit = decode_commit(data, f"commit {digest.short}")
+        if commit.id != digest:
+            raise BadInputError(f"the catalog's copy of commit {digest.short} is not that commit")
+        return commit
     except BadInputError as error:
         raise DamagedError(error.message, hint="`mp verify` lists what is damaged.") from error
 

@@ -47,7 +47,7 @@ class Staging:
 
     def __enter__(self) -> Self:
         try:
-            self.path.mkdir()
+            self.path.mkdir(parents=True)
             write_lease(self.path)
         except OSError as error:
             shutil.rmtree(self.path, ignore_errors=True)

@@ -12,11 +12,13 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
-from mergepipe.store.catalog import open_catalog, release_catalog
+from mergepipe.store.catalog import Writing, open_catalog, release_catalog
 from mergepipe.store.chunking import DEFAULT_BLOCK_BYTES
 from mergepipe.store.commits import Commit
 from mergepipe.store.digest import Digest
@@ -34,9 +36,9 @@ if TYPE_CHECKING:
 class Store:
     """One open store. Use as a context manager, or :meth:`close` it."""
 
-    def __init__(self, layout: Layout) -> None:
+    def __init__(self, layout: Layout, *, create: bool = False) -> None:
         self.layout = layout
-        self.catalog = open_catalog(layout.catalog)
+        self.catalog = open_catalog(layout.catalog, create=create)
         self.reader = ObjectReader(layout)
 
     @classmethod
@@ -55,7 +57,7 @@ class Store:
         except OSError as error:
             raise explain_os_error(error, f"making the store {path}") from error
         try:
-            return cls(layout)
+            return cls(layout, create=True)
         except MergePipeError:
             discard_layout(layout)
             raise
@@ -90,6 +92,23 @@ class Store:
     def close(self) -> None:
         """Let go of the catalog."""
         release_catalog(self.catalog)
+
+    def discard_if_empty(self) -> bool:
+        """Take an empty store away again, and close it; False where anything was stored or is being written."""
+
+        def change(view: Writing) -> bool:
+            if any(view.count(name) for name in ("objects", "commits", "refs")) or any(
+                os.scandir(self.layout.temporary)
+            ):
+                return False
+            discard_layout(self.layout)  # a writer that opened it meanwhile sees that before it publishes
+            return True
+
+        if not self.catalog.write(change):
+            return False
+        self.close()
+        shutil.rmtree(self.layout.root, ignore_errors=True)
+        return True
 
     def resolve(self, name: str) -> Digest:
         """The commit that a ref, id prefix or expression such as ``ref~2`` names; raises NotFoundError."""

@@ -33,7 +33,7 @@ rows = st.builds(
 
 @pytest.fixture
 def catalog(tmp_path: Path) -> Iterator[Catalog]:
-    opened = open_catalog(tmp_path)
+    opened = open_catalog(tmp_path, create=True)
     yield opened
     release_catalog(opened)
 
@@ -66,10 +66,10 @@ class TestObjectRows:
 
 class TestTransactions:
     def test_rows_are_there_after_reopening(self, tmp_path: Path) -> None:
-        first = open_catalog(tmp_path)
+        first = open_catalog(tmp_path, create=True)
         first.write(put("meta", {b"k": b"v"}))
         release_catalog(first)
-        second = open_catalog(tmp_path)
+        second = open_catalog(tmp_path, create=True)
         with second.reading() as view:
             assert view.get("meta", b"k") == b"v"
             assert view.get("meta", b"other") is None
@@ -105,7 +105,7 @@ class TestTransactions:
 
     @given(st.sets(st.binary(min_size=1, max_size=3), max_size=30), st.binary(max_size=2))
     def test_prefixes(self, tmp_path: Path, keys: set[bytes], prefix: bytes) -> None:
-        catalog = open_catalog(tmp_path)
+        catalog = open_catalog(tmp_path, create=True)
         try:
             old = catalog.write(lambda view: [key for key, _ in view.items("meta")])
             catalog.write(lambda view: [view.delete("meta", key) for key in old])
@@ -121,7 +121,7 @@ class TestTransactions:
 class TestGrowing:
     def test_the_map_grows_when_it_is_full(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(catalog_module, "_MAP_BYTES", 256 << 10)
-        catalog = open_catalog(tmp_path)
+        catalog = open_catalog(tmp_path, create=True)
         runs = 0
 
         def change(view: Writing) -> str:
@@ -141,7 +141,7 @@ class TestGrowing:
 
     def test_a_map_that_another_process_grew_is_followed(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(catalog_module, "_MAP_BYTES", 256 << 10)
-        catalog = open_catalog(tmp_path)
+        catalog = open_catalog(tmp_path, create=True)
         try:
             catalog.write(put("meta", {b"mine": b"1"}))
             run_python(
@@ -194,17 +194,17 @@ class TestProcesses:
         catalog.write(put("meta", {b"k": b"v"}))
 
     def test_a_child_may_open_what_was_closed_before(self, tmp_path: Path) -> None:
-        release_catalog(open_catalog(tmp_path))
+        release_catalog(open_catalog(tmp_path, create=True))
         child = os.fork()
         if child == 0:
             code = 1
             try:
-                open_catalog(tmp_path).write(put("meta", {b"child": b"1"}))
+                open_catalog(tmp_path, create=True).write(put("meta", {b"child": b"1"}))
                 code = 0
             finally:
                 os._exit(code)
         assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
-        catalog = open_catalog(tmp_path)
+        catalog = open_catalog(tmp_path, create=True)
         with catalog.reading() as view:
             assert view.get("meta", b"child") == b"1"
         release_catalog(catalog)
@@ -251,20 +251,20 @@ class TestProcesses:
 
 class TestSharing:
     def test_one_environment_for_all_users_of_a_path(self, tmp_path: Path) -> None:
-        first = open_catalog(tmp_path)
+        first = open_catalog(tmp_path, create=True)
         second = open_catalog(tmp_path / ".." / tmp_path.name)
         assert first is second
         release_catalog(first)
         second.write(put("meta", {b"k": b"v"}))
         release_catalog(second)
-        third = open_catalog(tmp_path)
+        third = open_catalog(tmp_path, create=True)
         assert third is not first
         release_catalog(third)
 
     def test_a_second_release_of_the_last_user_does_no_harm(self, tmp_path: Path) -> None:
-        first = open_catalog(tmp_path)
+        first = open_catalog(tmp_path, create=True)
         release_catalog(first)
-        second = open_catalog(tmp_path)
+        second = open_catalog(tmp_path, create=True)
         release_catalog(first)
         second.write(put("meta", {b"k": b"v"}))
         release_catalog(second)
@@ -277,5 +277,16 @@ class TestDamage:
             open_catalog(tmp_path)
 
     def test_a_folder_that_is_not_there(self, tmp_path: Path) -> None:
-        with pytest.raises(EnvironmentalError, match="missing"):
+        with pytest.raises(DamagedError, match="missing is lost"):
             open_catalog(tmp_path / "missing")
+
+    @pytest.mark.parametrize("content", [None, b""])
+    def test_a_lost_one_is_not_made_anew(self, tmp_path: Path, content: bytes | None) -> None:
+        """An empty catalog in its place would say that there was never anything."""
+        release_catalog(open_catalog(tmp_path, create=True))
+        (tmp_path / "data.mdb").unlink()
+        if content is not None:
+            (tmp_path / "data.mdb").write_bytes(content)
+        with pytest.raises(DamagedError, match="is lost"):
+            open_catalog(tmp_path)
+        assert (tmp_path / "data.mdb").exists() == (content is not None)

@@ -14,7 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from mergepipe.store import Store
+from mergepipe.store import Store, filesystem
 from mergepipe.store import export as export_module
 from mergepipe.store.errors import ConflictError, DamagedError, EnvironmentalError, UsageError
 from support.checkpoints import HeaderStyle, folder_bytes, random_tensor, raw, write_checkpoint, write_safetensors
@@ -310,10 +310,27 @@ class TestWholeOrNotAtAll:
             return original(self, other)
 
         monkeypatch.setattr(Path, "rename", fail)
+        monkeypatch.setattr(filesystem, "_libc", lambda: None)  # a system that cannot exchange two names in one step
         with pytest.raises(EnvironmentalError):
             store.snapshot("m").export(target, force=True)
         assert folder_bytes(target) == {"old": b"old"}
         assert neighbours(tmp_path / "top") == ["out"]
+
+    @pytest.mark.parametrize("inside", ["objects", "objects/zz", "catalog", "exported", "."])
+    @pytest.mark.parametrize("force", [False, True])
+    def test_nothing_is_put_into_the_store(self, store: Store, model: Path, inside: str, force: bool) -> None:
+        store.ingest([model], ref="m")
+        with pytest.raises(ConflictError, match="is in the store, and is not replaced"):
+            store.snapshot("m").export(store.layout.root / inside, force=force)
+
+    def test_a_catalog_elsewhere_is_not_replaced(
+        self, make_store: Callable[..., Store], model: Path, tmp_path: Path
+    ) -> None:
+        store = make_store(tmp_path / "s", catalog=tmp_path / "local" / "catalog")
+        store.ingest([model], ref="m")
+        for target in (tmp_path / "local", tmp_path / "local" / "catalog"):
+            with pytest.raises(ConflictError, match="is not replaced"):
+                store.snapshot("m").export(target, force=True)
 
     def test_without_one_flush_for_all_each_file_is_flushed(
         self, store: Store, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -91,15 +91,16 @@ def test_a_tensor_that_is_in_no_file(store: Store, tmp_path: Path) -> None:
     assert not (tmp_path / "out").exists()
 
 
-def test_a_tensor_larger_than_its_blocks(store: Store, tmp_path: Path) -> None:
-    store.ingest([write_checkpoint(tmp_path / "w", {"w": random_tensor("U8", (100,))})])
-    entry = store.snapshot("w").entry("w")
+def test_a_tensor_larger_than_its_blocks(hurt_store: Store, tmp_path: Path) -> None:
+    hurt_store.ingest([write_checkpoint(tmp_path / "w", {"w": random_tensor("U8", (100,))})])
+    entry = hurt_store.snapshot("w").entry("w")
     for shape in ((99,), (101,), (1 << 40,)):
-        publish_commit(store, tensors={"w": TensorEntry("U8", shape, shape, entry.blocks)}, shards=(), nodes={})
-        snapshot = store.snapshot("evil")
+        publish_commit(hurt_store, tensors={"w": TensorEntry("U8", shape, shape, entry.blocks)}, shards=(), nodes={})
+        snapshot = hurt_store.snapshot("evil")
         with pytest.raises((MergePipeError, MemoryError)):
             snapshot.read_tensor("w")
-        store.catalog.write(lambda view: view.delete("refs", b"evil"))
+        assert "commit" in [item.kind for item in verify(hurt_store).damaged]
+        hurt_store.catalog.write(lambda view: view.delete("refs", b"evil"))
 
 
 def test_a_tree_that_goes_down_for_ever(store: Store) -> None:

@@ -87,8 +87,8 @@ def check_statistics(store: Store, base: str, *refs: str) -> None:
 
 def check_content(store: Store, folder: Path, *paths: Path) -> None:
     for path in paths:
-        store.snapshot(path.name).export(folder / "check" / path.name)
-        assert folder_bytes(folder / "check" / path.name) == folder_bytes(path)
+        store.snapshot(path.name).export(folder.with_name(f"{folder.name}-out") / path.name)
+        assert folder_bytes(folder.with_name(f"{folder.name}-out") / path.name) == folder_bytes(path)
 
 
 class TestEncodings:

@@ -30,7 +30,7 @@ from mergepipe.store.refs import (
 
 @pytest.fixture
 def catalog(tmp_path: Path) -> Iterator[Catalog]:
-    opened = open_catalog(tmp_path)
+    opened = open_catalog(tmp_path, create=True)
     yield opened
     release_catalog(opened)
 
@@ -201,7 +201,7 @@ class TestResolving:
 
     @given(st.text(max_size=12))
     def test_any_text_is_a_commit_or_a_clear_error(self, tmp_path: Path, text: str) -> None:
-        catalog = open_catalog(tmp_path)
+        catalog = open_catalog(tmp_path, create=True)
         try:
             with catalog.reading() as view, pytest.raises((UsageError, NotFoundError)):
                 resolve(view, text)

@@ -23,6 +23,7 @@ from support.checkpoints import (
 from support.stores import object_files, state_of
 from support.strategies import styled_tensors, tensor_maps, tensors
 
+few = settings(max_examples=min(settings().max_examples, 250))  # all go to one store, which grows
 Fresh = Callable[[], Path]
 Styled = tuple[dict[str, RawTensor], HeaderStyle]
 file_maps = st.dictionaries(
@@ -52,11 +53,13 @@ def check_round_trip(store: Store, checkpoint: Path) -> None:
 
 
 class TestSafetensors:
+    @few
     @given(styled_tensors())
     def test_single_files(self, store: Store, fresh: Fresh, sample: Styled) -> None:
         folder = fresh()
         check_round_trip(store, write_safetensors(folder / "some model.safetensors", *sample))
 
+    @few
     @given(styled_tensors(), file_maps)
     def test_folders(
         self,
@@ -68,6 +71,7 @@ class TestSafetensors:
         folder = fresh()
         check_round_trip(store, write_checkpoint(folder / "m", sample[0], style=sample[1], files=files))
 
+    @few
     @given(tensor_maps, st.integers(2, 4), st.booleans())
     def test_shards(self, store: Store, fresh: Fresh, held: dict[str, RawTensor], shards: int, index: bool) -> None:
         folder = fresh()
@@ -145,7 +149,7 @@ class TestSafetensors:
 
 
 class TestWithABase:
-    @settings(max_examples=25)
+    @few
     @given(tensor_maps, st.data())
     def test_any_change_comes_out_as_it_came_in(
         self, store: Store, fresh: Fresh, held: dict[str, RawTensor], data: st.DataObject

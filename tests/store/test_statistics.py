@@ -176,7 +176,7 @@ class TestRows:
             unpack_statistics(data)
 
     def test_norms_are_the_head_of_a_row_either_way_round(self, tmp_path: object) -> None:
-        catalog = open_catalog(tmp_path)  # type: ignore[arg-type]
+        catalog = open_catalog(tmp_path, create=True)  # type: ignore[arg-type]
         one, other = Digest(b"\1" * 32), Digest(b"\2" * 32)
         row = DeltaStatistics(10, 3, 2.0, 1.5, 0.5, np.zeros(SKETCH_SIZE, np.float32)).pack()
         try:

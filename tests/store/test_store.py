@@ -12,7 +12,7 @@ import pytest
 
 import mergepipe.store
 from mergepipe.store import Digest, Store, filesystem
-from mergepipe.store.errors import ConflictError, EnvironmentalError, NotFoundError
+from mergepipe.store.errors import ConflictError, DamagedError, EnvironmentalError, NotFoundError
 from support.checkpoints import random_tensor, write_checkpoint
 from support.processes import run_python
 from support.stores import assert_clean, state_of
@@ -74,7 +74,7 @@ class TestOpening:
         store.ingest([write_checkpoint(tmp_path / "m", TENSORS)])
         store.close()
         shutil.rmtree(store.layout.catalog)
-        with pytest.raises(EnvironmentalError):
+        with pytest.raises(DamagedError, match="is lost"):
             Store.open(tmp_path / "s")
 
 

@@ -92,8 +92,8 @@ def test_a_tensor_that_is_in_no_file(store: Store, tmp_path: Path) -> None:
 
 
 def test_a_tensor_larger_than_its_blocks(hurt_store: Store, tmp_path: Path) -> None:
-    hurt_store.ingest([write_checkpoint(tmp_path / "w", {"w": random_tensor("U8", (100,))})])
-    entry = hurt_store.snapshot("w").entry("w")
+    hurt_store.ingest([write_checkpoint(tmp_path / "w", {"w": random_tensor("U8", (100,))})], ref="m")
+    entry = hurt_store.snapshot("m").entry("w")
     for shape in ((99,), (101,), (1 << 40,)):
         publish_commit(hurt_store, tensors={"w": TensorEntry("U8", shape, shape, entry.blocks)}, shards=(), nodes={})
         snapshot = hurt_store.snapshot("evil")

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, Final, Protocol
 from mergepipe.store.canonical import as_text, load_strict
 from mergepipe.store.dtypes import DType
 from mergepipe.store.errors import BadInputError, NotFoundError
+from mergepipe.store.folder import check_utf8, walk_folder
 from mergepipe.store.safetensors_file import SafetensorsHeader, read_header
 
 if TYPE_CHECKING:
@@ -24,7 +25,6 @@ if TYPE_CHECKING:
 INDEX: Final = "model.safetensors.index.json"
 TORCH_INDEX: Final = "pytorch_model.bin.index.json"
 TORCH_SUFFIXES: Final = (".bin", ".pt", ".pth", ".ckpt")
-_SKIPPED_FOLDERS: Final = frozenset({".git", ".mp", "__pycache__"})
 _SHARD = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.(safetensors|bin)\Z")
 _NO_TENSOR_FILES: Final = frozenset({"training_args.bin", "optimizer.pt", "scheduler.pt", "rng_state.pth"})
 
@@ -189,7 +189,7 @@ def open_checkpoint(path: Path) -> Checkpoint:
         if path.is_dir():
             _open_directory(checkpoint)
         elif path.suffix == ".safetensors":
-            _check_utf8(path.name, path)
+            check_utf8(path.name, path)
             _add_safetensors(checkpoint, path, path.name)
         elif path.suffix in TORCH_SUFFIXES:
             _add_torch(checkpoint, path)
@@ -205,7 +205,7 @@ def open_checkpoint(path: Path) -> Checkpoint:
 
 
 def _open_directory(checkpoint: Checkpoint) -> None:
-    found = _walk(checkpoint.path)
+    found = walk_folder(checkpoint.path)
     weights = _weight_files(checkpoint, found)
     for name in weights:
         if name.endswith(".safetensors"):
@@ -233,49 +233,6 @@ def _check_torch_index(checkpoint: Checkpoint, index: Path) -> None:
                 f"{index}: the index disagrees with shard {name} about tensor {tensor!r}, which the shard has not",
                 hint="The files are of different versions. Download them again.",
             )
-
-
-def _walk(top: Path) -> dict[str, Path]:
-    """All files below ``top`` by relative path; raises BadInputError for links that lead out of it."""
-    found: dict[str, Path] = {}
-    allowed = [top.resolve(), *_hub_blobs(top)]
-
-    def refuse(error: OSError) -> None:
-        raise BadInputError(f"{error.filename}: cannot be read: {error.strerror}", hint="Check its owner and mode.")
-
-    for folder, folders, names in os.walk(top, onerror=refuse):
-        folders[:] = sorted(name for name in folders if name not in _SKIPPED_FOLDERS)
-        for name in [*folders, *sorted(names)]:
-            path = Path(folder, name)
-            relative = path.relative_to(top).as_posix()
-            if path.is_symlink():
-                target = path.resolve()
-                if not any(target.is_relative_to(place) for place in allowed):
-                    raise BadInputError(
-                        f"{path} is a link that leads out of the folder, to {target}",
-                        hint="Copy the file into the folder, or leave it out.",
-                    )
-                if target.is_dir():
-                    raise BadInputError(f"{path} is a link to a folder", hint="Copy the folder instead.")
-            if path.is_file():
-                _check_utf8(relative, path)
-                found[relative] = path
-            elif not path.is_dir():
-                raise BadInputError(f"{path} is neither a file nor a folder", hint="Leave it out.")
-    return found
-
-
-def _hub_blobs(top: Path) -> list[Path]:
-    """Where the hub's cache keeps the files that a snapshot's folder links to (``snapshots/REV -> blobs/``)."""
-    resolved = top.resolve()
-    if resolved.parent.name == "snapshots" and (resolved.parent.parent / "blobs").is_dir():
-        return [resolved.parent.parent / "blobs"]
-    return []
-
-
-def _check_utf8(relative: str, path: Path) -> None:
-    if as_text(relative) != relative:
-        raise BadInputError(f"{str(path)!r}: the file's name is not UTF-8", hint="Rename it.")
 
 
 def _weight_files(checkpoint: Checkpoint, found: Mapping[str, Path]) -> list[str]:

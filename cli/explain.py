@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Final
 import typer
 
 from mergepipe.cli.options import JsonOption, StoreOption, open_store
-from mergepipe.cli.plan import as_json as plan_as_json
-from mergepipe.cli.plan import summary_lines
+from mergepipe.cli.plan_summary import as_json as plan_as_json
+from mergepipe.cli.plan_summary import summary_lines
 from mergepipe.cli.tables import Row, print_table
 from mergepipe.cli.terminal import say, say_json
 from mergepipe.store.sizes import format_size
@@ -35,7 +35,7 @@ def command(
     is how many elements a threshold leaves; `bound` is how far the tensor can be from the full merge's (L2).
     """
     from mergepipe.merge.explain import explain
-    from mergepipe.merge.plan import read_plan
+    from mergepipe.merge.plan_file import read_plan
 
     found = read_plan(plan)
     with open_store(store) as opened:

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Annotated, Any, Final
 
 import typer
 
 from mergepipe.cli.graph import Lanes
 from mergepipe.cli.options import JsonOption, StoreOption, complete_ref, open_store
+from mergepipe.cli.plan_head import PlanHead, read_plan_head
+from mergepipe.cli.show_plan import default_message, one_line, origin_line
 from mergepipe.cli.tables import Cell, Row, first_line, local_time, print_table
 from mergepipe.cli.terminal import note, paint, say, say_json
 from mergepipe.store.commits import Commit
 from mergepipe.store.digest import Digest
+from mergepipe.store.errors import MergePipeError
 from mergepipe.store.history import Entry, Move, reflog, refs_by_commit, short_length, walk
 from mergepipe.store.refs import Ref, all_refs, require_ref, resolve
 from mergepipe.store.store import Store
@@ -38,7 +42,8 @@ def command(
     """Show where models came from, newest first.
 
     Each commit with the refs that point at it, and what it was made from: the previous commit of its ref, the
-    base, the experts.
+    base, the experts. With --graph a merge says how: its method, the experts with their weights, how much of them
+    was read, and how far (relative to its update) it can be from the merge that reads everything.
     """
     with open_store(store) as opened:
         if moves:
@@ -56,40 +61,62 @@ def _log_commits(store: Store, ref: str | None, limit: int, *, graph: bool, as_j
         names = refs_by_commit(view)
         digits = short_length(view, (entry.id for entry in entries))
     if as_json:
-        say_json([_commit_json(entry, names.get(entry.id, [])) for entry in entries])
+        say_json([_commit_json(entry, names.get(entry.id, []), _plan_of(store, entry.commit)) for entry in entries])
         return
     if not entries:
         note("There are no commits yet. `mp ingest PATH` makes the first.")
-    lanes = Lanes() if graph else None
+    page = _Page(names, digits)
+    lanes = Lanes()
     for entry in entries:
-        _print_commit(entry, names, digits, lanes)
+        if graph:
+            page.draw(entry, lanes, _plan_of(store, entry.commit))
+        else:
+            page.print(entry)
     if is_cut:
         note(f"(the newest {limit}; -n 0 shows all)")
 
 
-def _print_commit(entry: Entry, names: Mapping[Digest, Sequence[Ref]], digits: int, lanes: Lanes | None) -> None:
-    commit = entry.commit
-    head = _headline(entry, names.get(entry.id, []), digits)
-    origin = _origin(commit)
-    if lanes is None:
-        say(head)
+def _plan_of(store: Store, commit: Commit) -> PlanHead | None:
+    """What a merge's plan says; None where it has none, or where that cannot be read: `mp show` says why."""
+    if commit.plan is None:
+        return None
+    try:
+        return read_plan_head(store, commit.plan)
+    except MergePipeError:
+        return None
+
+
+@dataclass(frozen=True, slots=True)
+class _Page:
+    """What all commits of one answer share: the refs that point at them, and how many digits tell them apart."""
+
+    names: Mapping[Digest, Sequence[Ref]]
+    digits: int
+
+    def print(self, entry: Entry) -> None:
+        say(self._headline(entry, entry.commit.message))
+        origin = _origin(entry.commit)
         if origin:
-            say(" " * (digits + 2) + origin)
-        return
-    own, links, below = lanes.place(entry.id, [parent.commit for parent in commit.parents])
-    say(f"{own}  {head}")
-    if links or origin:
-        say(f"{links or below}  {origin}".rstrip())
+            say(" " * (self.digits + 2) + origin)
 
+    def draw(self, entry: Entry, lanes: Lanes, plan: PlanHead | None) -> None:
+        """The commit, and the lines that lead to its parents; the message is left out where it only names the plan."""
+        commit = entry.commit
+        message = commit.message if plan is None or commit.message != default_message(plan) else ""
+        own, links, below = lanes.place(entry.id, [parent.commit for parent in commit.parents])
+        say(f"{own}  {self._headline(entry, message)}")
+        origin = _origin(commit) if plan is None else origin_line(plan)
+        if links or origin:
+            say(f"{links or below}  {origin}".rstrip())
 
-def _headline(entry: Entry, refs: Sequence[Ref], digits: int) -> str:
-    commit = entry.commit
-    parts = [paint(entry.id.hex()[:digits], "yellow")]
-    if refs:
-        shown = [paint(ref.name, "magenta" if ref.kind == "tag" else "green") for ref in refs]
-        parts.append(f"({', '.join(shown)})")
-    parts += [commit.kind, local_time(commit.time), commit.author, first_line(commit.message)]
-    return "  ".join(part for part in parts if part)
+    def _headline(self, entry: Entry, message: str) -> str:
+        commit, refs = entry.commit, self.names.get(entry.id, [])
+        parts = [paint(entry.id.hex()[: self.digits], "yellow")]
+        if refs:
+            shown = [paint(ref.name, "magenta" if ref.kind == "tag" else "green") for ref in refs]
+            parts.append(f"({', '.join(shown)})")
+        parts += [commit.kind, local_time(commit.time), commit.author, first_line(message)]
+        return "  ".join(part for part in parts if part)
 
 
 def _origin(commit: Commit) -> str:
@@ -98,7 +125,7 @@ def _origin(commit: Commit) -> str:
         return ""
     names: dict[str, list[str]] = {}
     for parent in commit.parents:
-        names.setdefault(parent.role, []).append(parent.name or parent.commit.short)
+        names.setdefault(parent.role, []).append(one_line(parent.name) or parent.commit.short)
     parts = []
     for role, found in names.items():
         label = role if len(found) == 1 else f"{role}s"
@@ -106,7 +133,7 @@ def _origin(commit: Commit) -> str:
     return "; ".join(parts)
 
 
-def _commit_json(entry: Entry, refs: Sequence[Ref]) -> dict[str, Any]:
+def _commit_json(entry: Entry, refs: Sequence[Ref], plan: PlanHead | None) -> dict[str, Any]:
     commit = entry.commit
     return {
         "commit": entry.id.hex(),
@@ -118,6 +145,7 @@ def _commit_json(entry: Entry, refs: Sequence[Ref]) -> dict[str, Any]:
         "author": commit.author,
         "tree": commit.tree.hex(),
         "plan": commit.plan.hex() if commit.plan else None,
+        "merge": plan.as_json() if plan is not None else None,
         "measured": commit.measured,
         "tool": commit.tool,
     }

@@ -4,65 +4,179 @@ from __future__ import annotations
 
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Final
+from typing import TYPE_CHECKING, Annotated, Any, Final
 
 import typer
 
-from mergepipe.cli.options import JsonOption, StoreOption, open_store
-from mergepipe.cli.plan import as_json as plan_as_json
-from mergepipe.cli.plan import summary_lines
+from mergepipe.cli.options import JsonOption, StoreOption
+from mergepipe.cli.plan import AllowMissingOption, BudgetOption, MaxErrorOption, RecipeArgument, store_for
+from mergepipe.cli.plan_summary import as_json as plan_as_json
+from mergepipe.cli.plan_summary import summary_lines
 from mergepipe.cli.progress import progress_bar
 from mergepipe.cli.tables import plural, seconds_text
-from mergepipe.cli.terminal import paint, say, say_json
+from mergepipe.cli.terminal import note, paint, say, say_json
+from mergepipe.store.errors import BadInputError, UsageError
 from mergepipe.store.sizes import format_size
 
 if TYPE_CHECKING:
+    from mergepipe.merge.audit import Audit
     from mergepipe.merge.executor import MergeResult
+    from mergepipe.merge.plan import Plan
+    from mergepipe.store.parallel import Progress
+    from mergepipe.store.store import Store
 
 EXAMPLES: Final = """
+mp merge recipe.yml --as merged/v1
+mp merge recipe.yml --as merged/v1 --budget 10% --audit
 mp merge --plan p.json --as merged/v1
 mp merge --plan p.json --as merged/v1 --message "a third of math"
-mp merge --plan p.json --as merged/v1 --dry-run
+mp merge --plan p.json --dry-run
 """
 
 
 def command(
-    plan: Annotated[Path, typer.Option("--plan", metavar="FILE", help="The plan, as `mp plan` wrote it.")],
-    name: Annotated[str, typer.Option("--as", metavar="NAME", help="The ref that points at the result.")],
+    recipe: RecipeArgument = None,
+    plan: Annotated[Path | None, typer.Option("--plan", metavar="FILE", help="A plan, as `mp plan` wrote it.")] = None,
+    name: Annotated[str | None, typer.Option("--as", metavar="NAME", help="The ref that points at the result.")] = None,
     message: Annotated[str, typer.Option("--message", "-m", metavar="TEXT", help="Why; the log shows it.")] = "",
+    budget: BudgetOption = None,
+    max_error: MaxErrorOption = None,
+    allow_missing: AllowMissingOption = False,
     no_cache: Annotated[
         bool, typer.Option("--no-cache", help="Compute every block, also those that an earlier merge has.")
     ] = False,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check the plan and show it; read no weights.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check the plan and show it; merge nothing.")] = False,
+    audit: Annotated[
+        bool, typer.Option("--audit", help="Then read everything, and measure the true deviation beside the bound.")
+    ] = False,
+    device: Annotated[
+        str, typer.Option("--device", metavar="DEVICE", help="Where tiles are merged: cpu; by torch: cuda, torch-cpu.")
+    ] = "cpu",
     store: StoreOption = None,
     json: JsonOption = False,
 ) -> None:
-    """Carry out a plan; the result is a commit.
+    """Merge: carry out a recipe or a plan; the result is a commit.
 
     Reads what the plan names and nothing else; the bytes are measured, and more than the budget is a failure, not a
-    warning. Blocks that no expert changes are referred to, blocks that were computed before are not computed again.
+    warning. Blocks that no expert changes are referred to, blocks that were computed before are not computed again:
+    a merge that was interrupted goes on where it stopped.
     """
-    from mergepipe.merge.executor import execute
-    from mergepipe.merge.plan import read_plan
+    from mergepipe.merge.budget import parse_budget
+
+    plans = {"--budget": budget, "--max-error": max_error, "--allow-missing": allow_missing or None}
+    _check_given(recipe, plan, name, dry_run, plans)
+    limits = parse_budget(budget, max_error)
+    with store_for(recipe, store) as opened, progress_bar(quiet=json) as progress:
+        if dry_run:
+            planned = _planned(opened, recipe, plan, limits, allow_missing, progress)
+            done: list[tuple[Plan, MergeResult]] = []
+        else:
+            done = _merge(
+                opened, recipe, plan, name or "", limits, progress,
+                message=message, allow_missing=allow_missing, use_cache=not no_cache, device=device,
+            )  # fmt: skip
+            planned = done[-1][0]
+        audits = [_audit(opened, found, progress) for found, _ in done] if audit else []
+    if dry_run:
+        _show_plan(planned, json=json)
+    else:
+        _show(done, audits, json=json)
+
+
+def _check_given(
+    recipe: Path | None, plan: Path | None, name: str | None, dry_run: bool, limits: dict[str, Any]
+) -> None:
+    if (recipe is None) == (plan is None):
+        raise UsageError("name a recipe or --plan FILE, one of them", hint="mp merge recipe.yml --as NAME")
+    if name is None and not dry_run:
+        raise UsageError("--as NAME is missing: the ref that points at the result", hint="Add --as merged/v1")
+    given = [option for option, value in limits.items() if value is not None]
+    if plan is not None and given:
+        raise UsageError(f"{given[0]} belongs to `mp plan`, and a plan is fixed", hint="Make another plan.")
+
+
+def _planned(
+    store: Store, recipe: Path | None, plan: Path | None, limits: Any, allow_missing: bool, progress: Progress | None
+) -> Plan:
+    from mergepipe.merge.recipes import plan_last
     from mergepipe.merge.validate import check_plan
 
-    found = read_plan(plan)
-    with open_store(store) as opened:
-        if dry_run:
-            found = check_plan(opened, found).plan
-            if json:
-                say_json(plan_as_json(found))
-            else:
-                for line in summary_lines(found):
-                    say(line)
-            return
-        with progress_bar(quiet=json) as progress:
-            result = execute(opened, found, name, message=message, use_cache=not no_cache, progress=progress)
+    if recipe is None:
+        assert plan is not None
+        return check_plan(store, _read_plan(plan)).plan
+    found, notes = plan_last(store, recipe, limits, allow_missing=allow_missing, progress=progress)
+    for text in notes:
+        note(text)
+    return found
+
+
+def _read_plan(path: Path) -> Plan:
+    from mergepipe.merge.plan_file import read_plan
+
+    try:
+        return read_plan(path)
+    except BadInputError as error:
+        hint = error.hint or "A plan is what `mp plan … -o p.json` writes. A recipe goes without --plan."
+        raise BadInputError(error.message, hint=hint) from error
+
+
+def _merge(
+    store: Store, recipe: Path | None, plan: Path | None, name: str, limits: Any, progress: Progress | None, *,
+    message: str, allow_missing: bool, use_cache: bool, device: str,
+) -> list[tuple[Plan, MergeResult]]:  # fmt: skip
+    from mergepipe.merge.executor import execute
+    from mergepipe.merge.recipes import merge_recipe
+
+    if recipe is None:
+        assert plan is not None
+        found = _read_plan(plan)
+        options = {"message": message, "use_cache": use_cache, "progress": progress, "device": device}
+        return [(found, execute(store, found, name, **options))]  # type: ignore[arg-type]
+    done, notes = merge_recipe(
+        store, recipe, name, limits, message=message, allow_missing=allow_missing, use_cache=use_cache,
+        progress=progress, device=device,
+    )  # fmt: skip
+    for text in notes:
+        note(text)
+    return done
+
+
+def _audit(store: Store, plan: Plan, progress: Progress | None) -> Audit:
+    from mergepipe.merge.audit import audit
+
+    return audit(store, plan, progress)
+
+
+def _show_plan(plan: Plan, *, json: bool) -> None:
     if json:
-        say_json({**asdict(result), "commit": result.commit.hex(), "plan": result.plan.hex()})
+        say_json(plan_as_json(plan))
         return
-    for line in _lines(result):
+    for line in summary_lines(plan):
         say(line)
+
+
+def _show(done: list[tuple[Plan, MergeResult]], audits: list[Audit], *, json: bool) -> None:
+    if json:
+        values = [{**asdict(result), "commit": result.commit.hex(), "plan": result.plan.hex()} for _, result in done]
+        for value, found in zip(values, audits, strict=False):
+            value["audit"] = {**asdict(found), "relative": found.relative, "holds": found.holds}
+        say_json({**values[-1], "earlier": values[:-1]} if len(values) > 1 else values[0])
+        return
+    for number, (_, result) in enumerate(done):
+        for line in _lines(result):
+            say(line)
+        if audits:
+            say(_audit_line(audits[number]))
+
+
+def _audit_line(found: Audit) -> str:
+    if not found.bound:
+        return "  audited    nothing was left out: the deviation is 0"
+    within = "within" if found.holds else paint("OVER", "red")
+    return (
+        f"  audited    {found.deviation:.4g} (L2) from the full merge, {found.relative:.2%} of its true update; "
+        f"{within} the bound of {found.bound:.4g} (likely {found.estimate:.4g}); read {format_size(found.read_bytes)}"
+    )
 
 
 def _lines(result: MergeResult) -> list[str]:

@@ -2,55 +2,74 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Final
 
 import typer
 
-from mergepipe.cli.options import JsonOption, StoreOption, complete_ref, open_store
+from mergepipe.cli.options import JsonOption, StoreOption, complete_ref, open_or_make_store, open_store
+from mergepipe.cli.plan_summary import as_json, summary_lines
 from mergepipe.cli.progress import progress_bar
-from mergepipe.cli.tables import plural, share
 from mergepipe.cli.terminal import note, say, say_json
 from mergepipe.store.errors import UsageError
-from mergepipe.store.sizes import format_size
 
 if TYPE_CHECKING:
     from mergepipe.merge.method import Value
     from mergepipe.merge.plan import Plan
+    from mergepipe.store.store import Store
 
 EXAMPLES: Final = """
+mp plan recipe.yml -o p.json
+mp plan recipe.yml --budget 10% -o p.json
 mp plan --base Qwen3-0.6B --expert math:0.6 --expert code:0.4 --method ties --density 0.3 --budget 10% -o p.json
-mp plan --base Qwen3-0.6B --expert math --expert code --method linear -o p.json
+mp plan --expert math --expert code --method linear -o p.json
 mp plan --base Qwen3-0.6B --expert math:0.6,density=0.2 --expert code:0.4 --method ties --max-error 0.2 -o p.json
+mp plan --base Qwen3-0.6B --expert my-lora:0.7 --expert tv:1,as=task_vector --method task_arithmetic -o p.json
 """
+
+RecipeArgument = Annotated[
+    Path | None, typer.Argument(metavar="[RECIPE]", help="A mergekit recipe (YAML), in place of --base and the rest.")
+]
+BudgetOption = Annotated[
+    str | None,
+    typer.Option("--budget", metavar="SIZE|SHARE", help="Most expert bytes to read: 2GiB, or 10% of a full read."),
+]
+MaxErrorOption = Annotated[
+    float | None, typer.Option("--max-error", help="Read as little as keeps the relative bound below this.")
+]
+AllowMissingOption = Annotated[
+    bool, typer.Option("--allow-missing", help="Merge each tensor from the models that have it.")
+]
 
 
 def command(
+    recipe: RecipeArgument = None,
     base: Annotated[
-        str, typer.Option("--base", metavar="REF", help="What the experts are added to.", autocompletion=complete_ref)
-    ],
+        str | None,
+        typer.Option("--base", metavar="REF", help="What the experts are added to.", autocompletion=complete_ref),
+    ] = None,
     expert: Annotated[
-        list[str],
+        list[str] | None,
         typer.Option("--expert", metavar="REF[:WEIGHT]", help="A model to merge; repeat it. REF:0.6,density=0.2 too."),
-    ],
-    method: Annotated[str, typer.Option("--method", metavar="NAME", help="linear, task_arithmetic or ties.")],
+    ] = None,
+    method: Annotated[
+        str | None, typer.Option("--method", metavar="NAME", help="How to merge: `mp methods` lists them.")
+    ] = None,
     density: Annotated[
-        float | None, typer.Option("--density", help="Share of each tensor's largest changes to keep (ties).")
+        float | None, typer.Option("--density", help="Share of each tensor's changes to keep (ties, dare_ties, …).")
     ] = None,
     param: Annotated[
         list[str] | None,
         typer.Option("--param", metavar="NAME=VALUE", help="Another of the method's parameters; repeat it."),
     ] = None,
-    budget: Annotated[
-        str | None,
-        typer.Option("--budget", metavar="SIZE|SHARE", help="Most expert bytes to read: 2GiB, or 10% of a full read."),
-    ] = None,
-    max_error: Annotated[
-        float | None, typer.Option("--max-error", help="Read as little as keeps the relative bound below this.")
-    ] = None,
+    budget: BudgetOption = None,
+    max_error: MaxErrorOption = None,
     dtype: Annotated[
         str | None, typer.Option("--dtype", metavar="TYPE", help="Element type of the result (default: the base's).")
     ] = None,
+    allow_missing: AllowMissingOption = False,
     output: Annotated[
         Path | None, typer.Option("--output", "-o", metavar="FILE", help="Where to write the plan.")
     ] = None,
@@ -61,24 +80,29 @@ def command(
 
     The plan fixes the inputs by their ids, the method, which blocks of which expert are read, what that costs, and
     how far the result can be from the merge that reads everything. `mp merge --plan FILE` does exactly that.
-    Statistics that the store does not have yet are made first, once.
+    Statistics that the store does not have yet are made first, once. Models that a recipe names by their folders
+    are ingested.
     """
     from mergepipe.merge.budget import parse_budget
-    from mergepipe.merge.build import parse_expert, plan_merge
 
-    parameters = _parameters(density, param or [])
-    experts = [parse_expert(text) for text in expert]
-    with open_store(store) as opened, progress_bar(quiet=json) as progress:
-        plan = plan_merge(
-            opened,
-            base,
-            experts,
-            method,
-            parameters=parameters,
-            budget=parse_budget(budget, max_error),
-            dtype=dtype,
-            progress=progress,
-        )
+    limits = parse_budget(budget, max_error)
+    given = {"--base": base, "--expert": expert, "--method": method, "--density": density, "--param": param}
+    given["--dtype"] = dtype
+    _check_given(recipe, given)
+    with store_for(recipe, store) as opened, progress_bar(quiet=json) as progress:
+        if recipe is not None:
+            plan = _from_recipe(opened, recipe, limits, allow_missing, progress)
+        else:
+            from mergepipe.merge.build import parse_expert, plan_merge
+
+            notes: list[str] = []
+            plan = plan_merge(
+                opened, base, [parse_expert(text) for text in expert or []], method or "",
+                parameters=_parameters(density, param or []), budget=limits, dtype=dtype,
+                allow_missing=allow_missing, progress=progress, notes=notes,
+            )  # fmt: skip
+            for text in notes:
+                note(text)
     if output is not None:
         _write(plan, output)
     if json:
@@ -92,41 +116,37 @@ def command(
         note("The plan was not kept: write it with -o p.json.")
 
 
-def as_json(plan: Plan) -> dict[str, object]:
-    """The plan's costs and certificate, as scripts read them."""
-    return {
-        "plan": plan.id.hex(),
-        "budget_bytes": plan.budget_bytes,
-        "expert_bytes": plan.costs.expert_bytes,
-        "expert_bytes_full": plan.costs.expert_bytes_full,
-        "base_bytes": plan.costs.base_bytes,
-        "computed_blocks": plan.costs.computed_blocks,
-        "referenced_blocks": plan.costs.referenced_blocks,
-        "bound": {"absolute": plan.bound.absolute, "relative": plan.bound.relative, "update": plan.bound.update},
-    }
+@contextmanager
+def store_for(recipe: Path | None, option: Path | None) -> Iterator[Store]:
+    """The store; a recipe may begin one, which goes again where nothing could be stored."""
+    opened, is_new = open_or_make_store(option) if recipe is not None else (open_store(option), False)
+    with opened:
+        try:
+            if is_new:
+                note(f"made a store in {opened.layout.root}")
+            yield opened
+        except BaseException:
+            if is_new:
+                opened.discard_if_empty()
+            raise
 
 
-def summary_lines(plan: Plan) -> list[str]:
-    """The plan for people."""
-    costs = plan.costs
-    experts = ", ".join(f"{item.name}:{float(item.parameters['weight']):g}" for item in plan.experts)
-    budget = f" (budget {format_size(plan.budget_bytes)})" if plan.budget_bytes is not None else ""
-    reads = f"{format_size(costs.expert_bytes)} of the experts' {format_size(costs.expert_bytes_full)}"
-    part = share(costs.expert_bytes, costs.expert_bytes_full) if costs.expert_bytes_full else "nothing to read"
-    return [
-        f"plan {plan.id.short}: {plan.method} of {experts} on {plan.base.name}",
-        f"  reads      {reads}, {part}{budget}; {format_size(costs.base_bytes)} of the base",
-        f"  computes   {plural(costs.computed_blocks, 'block')}, refers to {costs.referenced_blocks:,} as they are",
-        _bound_line(plan),
-    ]
+def _check_given(recipe: Path | None, given: Mapping[str, object]) -> None:
+    """Either a recipe, or what replaces one."""
+    named = [name for name, value in given.items() if value not in (None, [])]
+    if recipe is not None and named:
+        raise UsageError(f"{named[0]} and a recipe exclude each other", hint="Write it into the recipe.")
+    if recipe is None and not given["--method"]:
+        raise UsageError("name a recipe, or --method and --expert", hint="`mp plan --help` shows both.")
 
 
-def _bound_line(plan: Plan) -> str:
-    bound = plan.bound
-    if bound.absolute == 0:
-        return "  certified  equal to the merge that reads everything"
-    loose = "; a loose bound, as signs are elected" if plan.method == "ties" else ""
-    return f"  certified  within {bound.absolute:.4g} (L2) of the full merge, {bound.relative:.1%} of its update{loose}"
+def _from_recipe(store: Store, path: Path, limits: object, allow_missing: bool, progress: object) -> Plan:
+    from mergepipe.merge.recipes import plan_last
+
+    plan, notes = plan_last(store, path, limits, allow_missing=allow_missing, progress=progress)  # type: ignore[arg-type]
+    for text in notes:
+        note(text)
+    return plan
 
 
 def _parameters(density: float | None, settings: list[str]) -> dict[str, Value]:

@@ -1,17 +1,20 @@
-"""Write docs/cli.md from the commands' own help.
+"""Write docs/cli.md from the commands' own help, and the tables of parameters in docs/methods.md.
 
-python docs/generate.py            # writes it
-python docs/generate.py --check    # exit code 1 where it is not up to date
+python docs/generate.py            # writes both
+python docs/generate.py --check    # exit code 1 where they are not up to date
 """
 
 from __future__ import annotations
 
 import os
+import re
 import sys
 from pathlib import Path
 from typing import Any, Final
 
 PAGE: Final = Path(__file__).parent / "cli.md"
+METHODS_PAGE: Final = PAGE.with_name("methods.md")
+_TABLE: Final = re.compile(r"(<!-- parameters of (\w+) -->\n)(.*?)(<!-- end -->\n)", re.DOTALL)
 _WIDTH: Final = 100
 _HEAD: Final = """\
 # The command line
@@ -81,15 +84,43 @@ def _section(title: str, text: str) -> str:
     return f"## {title}\n\n```\n{text}\n```\n"
 
 
+def methods_page(text: str) -> str:
+    """docs/methods.md with what stands between the marks of each method's table written anew."""
+    from mergepipe.merge.methods import METHODS
+
+    named = [match[2] for match in _TABLE.finditer(text)]
+    if sorted(named) != sorted(METHODS):
+        raise SystemExit(f"{METHODS_PAGE}: tables of {sorted(set(named) ^ set(METHODS))} are missing, or too many")
+    return _TABLE.sub(lambda match: f"{match[1]}{_facts(METHODS[match[2]])}{match[4]}", text)
+
+
+def _facts(method: Any) -> str:
+    from mergepipe.cli.methods import default_text, experts_text
+
+    base = {"needed": "a base and", "optional": "a base or none, and", "unused": "no base,"}[method.base]
+    count = experts_text(method)
+    takes = f"Takes {base} {count} expert{'s' * (count != '1')}. Source: {method.source}."
+    if not method.parameters:
+        return f"\n{takes} It has no parameters.\n\n"
+    rows = [
+        f"| `{parameter.name}` | {default_text(parameter)} | {parameter.describe_range()} | "
+        f"{'each expert' if parameter.per_expert else 'the merge'} | {parameter.help} |\n"
+        for parameter in method.parameters
+    ]
+    head = "| parameter | default | range | for | meaning |\n|---|---|---|---|---|\n"
+    return f"\n{takes}\n\n{head}{''.join(rows)}\n"
+
+
 def main() -> int:
-    text = page()
+    pages = {PAGE: page(), METHODS_PAGE: methods_page(METHODS_PAGE.read_text(encoding="utf-8"))}
+    stale = [file for file, text in pages.items() if not file.exists() or file.read_text(encoding="utf-8") != text]
     if "--check" in sys.argv[1:]:
-        current = PAGE.read_text(encoding="utf-8") if PAGE.exists() else ""
-        if current != text:
-            print(f"{PAGE} is not up to date: run `make docs`", file=sys.stderr)
-        return int(current != text)
-    PAGE.write_text(text, encoding="utf-8")
-    print(f"wrote {PAGE}")
+        for file in stale:
+            print(f"{file} is not up to date: run `make docs`", file=sys.stderr)
+        return int(bool(stale))
+    for file, text in pages.items():
+        file.write_text(text, encoding="utf-8")
+        print(f"wrote {file}")
     return 0
 
 

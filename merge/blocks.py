@@ -1,205 +1,314 @@
 """All blocks of a merge, streaming: the base's own, known from before, or computed.
 
-A *place* (one block index of one tensor) is one task. The base's block and the planned experts' blocks are decoded into
-a thread's own buffers, merged tile by tile, rounded, hashed, and stored as a delta to the base's block. A place's
-*recipe* (method, coefficients, types and input ids, hashed) leads to its result where it was computed before; then
-nothing is read. The thread that hands out places looks that up, and reads ahead for those that are computed.
+A *place* (one block index of one tensor) is one task. The reference's block and the planned experts' blocks are decoded
+into a thread's own buffers, merged tile by tile, rounded, hashed, and stored as a delta to the reference's block. A
+place's *recipe* (method, coefficients or what they follow from, types and input ids, hashed) leads to its result where
+it was computed before; then nothing is read. Where a method needs a pass over the whole tensor first, its inputs are
+held decoded until the merge, as far as :mod:`mergepipe.merge.holding` allows.
+
+Finished blocks are published as the merge goes, so that one that is interrupted finds them again.
 """
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 
+from mergepipe.merge.checkpoints import Finished
+from mergepipe.merge.facts import TensorFacts
+from mergepipe.merge.holding import ALL_HELD_BYTES, fits_in_memory, held_bytes
+from mergepipe.merge.job import Job
 from mergepipe.merge.method import Coefficients, Method
-from mergepipe.merge.methods import find_method
+from mergepipe.merge.passes import Totals, fingerprint, measure_place, recall_all, remember
 from mergepipe.merge.plan import Plan, TensorPlan
-from mergepipe.merge.planner import coefficients_of, keeps_base
-from mergepipe.merge.tiles import PlaceWork, merge_place
+from mergepipe.merge.planner import computed_everywhere, needs_passes
+from mergepipe.merge.streams import Barrier, Stream, run_streams
+from mergepipe.merge.tiles import Bench, Loaded, load, merge_tiles
 from mergepipe.store.canonical import dump_canonical
 from mergepipe.store.chunking import block_elements
-from mergepipe.store.digest import DIGEST_BYTES, Digest, hash_record
+from mergepipe.store.convert import convert_block
+from mergepipe.store.digest import DIGEST_BYTES, Digest, hash_bytes, hash_record
 from mergepipe.store.dtypes import DTYPES, DType
+from mergepipe.store.frame import Kind
 from mergepipe.store.manifest import TensorEntry
 from mergepipe.store.objects import ObjectReader
-from mergepipe.store.parallel import Progress, counter, run_bounded
-from mergepipe.store.snapshot import Snapshot
+from mergepipe.store.parallel import Progress, counter
 from mergepipe.store.staging import Staging, is_stored
+from mergepipe.store.statistics import block_statistics
 from mergepipe.store.store import Store
+
+_PREPARERS = 4  # as many as read a cold disk well
+_AHEAD_PLACES = 48
 
 
 @dataclass
 class Run:
-    """The state of one execution, shared by its threads. ``results`` maps new recipes to their blocks.
-
-    ``deltas``: statistics rows of the new blocks, so that a result can be compared, and merged again, unread.
-    """
+    """The state of one execution, shared by its threads."""
 
     store: Store
     plan: Plan
+    method: Method
     reader: ObjectReader
     staging: Staging
+    bench: Bench
+    finished: Finished
     use_cache: bool
-    results: dict[bytes, Digest] = field(default_factory=dict)
-    deltas: dict[bytes, bytes] = field(default_factory=dict)
-    relied_on: set[Digest] = field(default_factory=set)
     computed: int = 0
     cached: int = 0
     lock: threading.Lock = field(default_factory=threading.Lock)
 
 
-@dataclass(frozen=True, slots=True)
-class _Tensor:
-    """One tensor that the plan speaks of. ``reads``: for each expert the indices of its blocks that are read."""
+@dataclass
+class _Work:
+    """One tensor of the result, while it is made. ``reads``: for each expert the indices of its blocks to read."""
 
-    plan: TensorPlan
-    base: TensorEntry
-    experts: tuple[TensorEntry, ...]
+    facts: TensorFacts
+    planned: TensorPlan
     reads: tuple[frozenset[int], ...]
-    coefficients: Coefficients
     out_type: DType
+    everywhere: bool
     blocks: list[Digest]
+    coefficients: Coefficients
+    settled: bool
+    recipe_base: bytes = b""
+    held: dict[int, Loaded] = field(default_factory=dict)
+
+    @property
+    def job(self) -> Job:
+        return self.facts.job
+
+    def experts_at(self, index: int) -> tuple[Digest, ...]:
+        """Each expert's block where it is read, the reference's where it is not."""
+        own = self.job.reference.blocks[index]
+        return tuple(
+            entry.blocks[index] if index in indices else own
+            for entry, indices in zip(self.job.experts, self.reads, strict=True)
+        )
 
 
-@dataclass(frozen=True, slots=True)
-class _Place:
-    """One block to compute. ``experts``: the block of each that is read, the base's for the others."""
-
-    tensor: _Tensor
-    index: int
-    experts: tuple[Digest, ...]
-    recipe: Digest
-
-
-def compute(
-    run: Run, base: Snapshot, experts: list[Snapshot], workers: int, progress: Progress | None
-) -> dict[str, TensorEntry]:
-    """All tensors of the result; those that the plan leaves alone are the base's own entries."""
-    method = find_method(run.plan.method)
-    everywhere = run.plan.dtype is not None or not keeps_base(method, run.plan.experts, run.plan.parameters)
-    tensors = {
-        name: _tensor(run.plan, method, planned, base.tensors[name], [expert.tensors[name] for expert in experts])
-        for name, planned in run.plan.tensors.items()
-    }
-    advance = counter(progress, "merge", sum(tensor.base.nbytes for tensor in tensors.values()))
-
-    def finished(tensor: _Tensor, index: int, digest: Digest) -> None:
-        tensor.blocks[index] = digest
-        advance(tensor.base.block_span(index)[1])
-
-    def places() -> Iterator[_Place]:
-        for tensor in tensors.values():
-            for index in range(len(tensor.base.blocks)):
-                place = _look_up(run, tensor, index, everywhere=everywhere)
-                if isinstance(place, Digest):
-                    finished(tensor, index, place)
-                else:
-                    yield place
-
-    def work(place: _Place) -> None:
-        finished(place.tensor, place.index, _compute_place(run, method, place))
-
-    def prefetch(place: _Place) -> None:
-        for digest in {place.tensor.base.blocks[place.index], *place.experts}:
-            run.reader.prefetch(digest)
-
-    with ThreadPoolExecutor(workers, thread_name_prefix="merge") as pool:
-        run_bounded(pool, work, places(), ahead=2 * workers, prepare=prefetch)
-    return {
-        name: _entry(tensors[name]) if name in tensors else _untouched(entry, run.plan.dtype)
-        for name, entry in base.tensors.items()
-    }
+def compute(run: Run, facts: Sequence[TensorFacts], workers: int, progress: Progress | None) -> dict[str, TensorEntry]:
+    """All tensors of the result; those that the plan leaves alone are the reference's own entries."""
+    works = [_work(run, tensor, run.plan.tensors[tensor.name]) for tensor in facts if tensor.name in run.plan.tensors]
+    advance = counter(progress, "merge", sum(work.job.reference.nbytes for work in works))
+    run.finished.begin()
+    try:
+        with ThreadPoolExecutor(_PREPARERS, thread_name_prefix="read-ahead") as preparing:
+            try:
+                _Merging(run, preparing, advance).all(works, workers)
+            finally:
+                preparing.shutdown(wait=True, cancel_futures=True)
+    finally:
+        run.finished.end()
+    made = {work.facts.name: _entry(work) for work in works}
+    return {tensor.name: made.get(tensor.name) or _untouched(tensor.entry, run.plan.dtype) for tensor in facts}
 
 
-def _tensor(plan: Plan, method: Method, planned: TensorPlan, base: TensorEntry, experts: list[TensorEntry]) -> _Tensor:
-    return _Tensor(
-        plan=planned,
-        base=base,
-        experts=tuple(experts),
+def _work(run: Run, facts: TensorFacts, planned: TensorPlan) -> _Work:
+    base = facts.entry
+    out = DTYPES[run.plan.dtype] if run.plan.dtype is not None and base.element_type.has_statistics else None
+    work = _Work(
+        facts=facts,
+        planned=planned,
         reads=tuple(frozenset(indices) for indices in planned.reads),
-        coefficients=coefficients_of(method, plan.experts, plan.parameters, planned.thresholds),
-        out_type=DTYPES[plan.dtype] if plan.dtype is not None else base.element_type,
+        out_type=out or base.element_type,
+        everywhere=computed_everywhere(run.plan, facts, run.method),
         blocks=list(base.blocks),
+        coefficients=facts.coefficients,
+        settled=facts.settled,
     )
+    work.recipe_base = _recipe_base(run, work)
+    return work
 
 
-def _entry(tensor: _Tensor) -> TensorEntry:
-    return TensorEntry(tensor.out_type.name, tensor.base.shape, tensor.base.chunks, tuple(tensor.blocks))
+def _entry(work: _Work) -> TensorEntry:
+    reference = work.job.reference
+    return TensorEntry(work.out_type.name, reference.shape, reference.chunks, tuple(work.blocks))
 
 
 def _untouched(entry: TensorEntry, dtype: str | None) -> TensorEntry:
-    """The base's own tensor; an empty one, which has nothing to compute, gets the result's type all the same."""
+    """The reference's own tensor; an empty one, with nothing to compute, gets the result's type all the same."""
     if dtype is None or not entry.element_type.has_statistics:
         return entry
     return TensorEntry(dtype, entry.shape, entry.chunks, entry.blocks)
 
 
-def _look_up(run: Run, tensor: _Tensor, index: int, *, everywhere: bool) -> Digest | _Place:
-    """The block's id where it is the base's own or known from before, else what computing it takes."""
-    base = tensor.base.blocks[index]
-    if not everywhere and not any(index in indices for indices in tensor.reads):
-        run.relied_on.add(base)
-        return base
-    experts = tuple(
-        entry.blocks[index] if index in indices else base
-        for entry, indices in zip(tensor.experts, tensor.reads, strict=True)
-    )
-    place = _Place(tensor, index, experts, recipe_id(run.plan, tensor.plan, base, experts, tensor))
-    size = tensor.out_type.nbytes(block_elements(tensor.base.shape, tensor.base.chunks, index)[1])
-    known = _known_result(run, place.recipe, size) if run.use_cache else None
-    return known if known is not None else place
+class _Merging:
+    """The streams of all tensors that have something to compute."""
+
+    def __init__(self, run: Run, preparing: ThreadPoolExecutor, advance: Callable[[int], None]) -> None:
+        self.run = run
+        self._preparing = preparing
+        self._advance = advance
+        self._held_bytes = 0
+
+    def all(self, works: Sequence[_Work], workers: int) -> None:
+        staged = [work for work in works if needs_passes(work.facts, self.run.method)]
+        simple = [work for work in works if not needs_passes(work.facts, self.run.method)]
+        run_streams(iter([self._simple(simple)]), workers)
+        run_streams(self._staged(staged), workers)
+
+    def _simple(self, works: Sequence[_Work]) -> Stream:
+        """One stream over all tensors that need no pass, reading ahead by some places."""
+        waiting: list[tuple[_Work, int]] = []
+        for work in works:
+            for index in self._pending(work):
+                self._prefetch(work, index)
+                waiting.append((work, index))
+                if len(waiting) > _AHEAD_PLACES:
+                    yield partial(self._merge, *waiting.pop(0))
+        for place in waiting:
+            yield partial(self._merge, *place)
+
+    def _staged(self, works: Sequence[_Work]) -> Iterator[Stream | None]:
+        for work in works:
+            pending = self._pending(work)
+            if not pending:
+                continue
+            size = held_bytes(work.job) if fits_in_memory(work.job) else 0
+            while self._held_bytes and self._held_bytes + size > ALL_HELD_BYTES:
+                yield None
+            self._held_bytes += size
+            yield self._with_passes(work, pending, size)
+
+    def _with_passes(self, work: _Work, pending: list[int], size: int) -> Stream:
+        """Passes over the whole tensor, as far as what they find is not known, then its merge."""
+        method, problem = self.run.method, work.facts.problem
+        with self.run.store.catalog.reading() as view:
+            known = recall_all(view, method, work.job, problem, work.coefficients) if self.run.use_cache else None
+        if known is not None:
+            work.coefficients = known
+            for index in pending:
+                self._prefetch(work, index)
+        else:
+            indices = range(len(work.job.reference.blocks))
+            for index in indices:
+                self._prefetch(work, index)
+            for step in method.passes(problem):
+                totals = Totals(problem, step)
+                for index in indices:
+                    yield partial(self._measure, work, index, totals, keep=bool(size))
+                yield Barrier()
+                state = totals.total()
+                after = step.settle(problem, work.coefficients, state)
+                rows = remember(method, step, work.job, problem, work.coefficients, state, after)
+                self.run.finished.add_statistics(rows)
+                work.coefficients = after
+        work.settled = True
+        for index in pending:
+            yield partial(self._merge, work, index)
+        yield Barrier()
+        self._held_bytes -= size
+        work.held.clear()
+
+    def _pending(self, work: _Work) -> list[int]:
+        """The places that have to be computed; the others are finished here."""
+        pending = []
+        for index, own in enumerate(work.job.reference.blocks):
+            if not work.everywhere and not any(index in indices for indices in work.reads):
+                self.run.finished.rely_on(own)
+                self._finish(work, index, own)
+                continue
+            known = self._known(work, index) if self.run.use_cache else None
+            if known is not None:
+                self._finish(work, index, known)
+            else:
+                pending.append(index)
+        return pending
+
+    def _finish(self, work: _Work, index: int, digest: Digest) -> None:
+        work.blocks[index] = digest
+        self._advance(work.job.reference.block_span(index)[1])
+
+    def _prefetch(self, work: _Work, index: int) -> None:
+        for digest in {work.job.reference.blocks[index], *work.experts_at(index)}:
+            made_of = self.run.bench.virtual.get(digest)
+            real = digest if made_of is None else made_of.block
+            if real is not None:
+                self._preparing.submit(self.run.reader.prefetch, real)
+
+    def _known(self, work: _Work, index: int) -> Digest | None:
+        """A block that this recipe led to before, where it is still there."""
+        run = self.run
+        reference = work.job.reference
+        size = work.out_type.nbytes(block_elements(reference.shape, reference.chunks, index)[1])
+        with run.store.catalog.reading() as view:
+            found = view.get("results", recipe_id(work.recipe_base, work.job, index, work.experts_at(index)))
+            row = view.object_row(Digest(found)) if found is not None and len(found) == DIGEST_BYTES else None
+        if found is None or row is None or row.raw_bytes != size:
+            return None
+        if not is_stored(run.store.layout, run.store.catalog, Digest(found)):
+            return None
+        run.cached += 1
+        run.finished.rely_on(Digest(found))
+        return Digest(found)
+
+    def _measure(self, work: _Work, index: int, totals: Totals, *, keep: bool) -> None:
+        loaded = self._load(work, index, held=keep)
+        if keep:
+            work.held[index] = loaded
+        part = measure_place(
+            self.run.bench, self.run.method, totals.step, work.job, index, loaded, work.facts.problem, work.coefficients
+        )
+        totals.add(index, part)
+
+    def _load(self, work: _Work, index: int, *, held: bool = False) -> Loaded:
+        known = work.held.get(index)
+        if known is not None:
+            return known
+        return load(self.run.bench, work.job, index, work.experts_at(index), held=held)
+
+    def _merge(self, work: _Work, index: int) -> None:
+        run = self.run
+        loaded = self._load(work, index)
+        differs = bool(work.facts.places)
+        if any(part is not None for part in loaded.parts) or not run.method.stays(
+            work.facts.problem, work.coefficients, differs=differs
+        ):
+            out = merge_tiles(
+                run.bench, run.method, work.coefficients, work.job, index, loaded, work.out_type,
+                based=work.facts.problem.based,
+            )  # fmt: skip
+        else:
+            out = convert_block(loaded.base, loaded.base_type, work.out_type)
+        own = work.job.reference.blocks[index]
+        digest = hash_bytes(out.data)
+        if run.staging.claim(digest):
+            against = loaded.root if work.out_type is loaded.base_type else None
+            run.staging.add_block(Kind.BLOCK, digest, out, work.out_type.plane_bytes, against)
+        row = None
+        if digest != own:
+            row = block_statistics(out, loaded.base, work.out_type, loaded.base_type, None).pack()
+        recipe = recipe_id(work.recipe_base, work.job, index, work.experts_at(index))
+        run.finished.add_block(recipe, digest, own, row)
+        if work.held.pop(index, None) is not None:
+            run.bench.pool.give(loaded)
+        with run.lock:
+            run.computed += 1
+        self._finish(work, index, digest)
 
 
-def _compute_place(run: Run, method: Method, place: _Place) -> Digest:
-    tensor = place.tensor
-    work = PlaceWork(
-        method=method,
-        coefficients=tensor.coefficients,
-        base=tensor.base.blocks[place.index],
-        experts=place.experts,
-        base_type=tensor.base.element_type,
-        expert_types=tuple(entry.element_type for entry in tensor.experts),
-        out_type=tensor.out_type,
-        size_bytes=tensor.base.block_span(place.index)[1],
-    )
-    digest, statistics = merge_place(run.store.catalog, run.reader, run.staging, work)
-    with run.lock:
-        run.relied_on.add(digest)  # it may have been in the store before
-        run.computed += 1
-        if digest != work.base:
-            run.deltas[work.base + digest] = statistics.pack()
-        run.results[place.recipe] = digest
-    return digest
-
-
-def _known_result(run: Run, recipe: Digest, size: int) -> Digest | None:
-    with run.store.catalog.reading() as view:
-        found = view.get("results", recipe)
-        row = view.object_row(Digest(found)) if found is not None and len(found) == DIGEST_BYTES else None
-    if (
-        found is None
-        or row is None
-        or row.raw_bytes != size
-        or not is_stored(run.store.layout, run.store.catalog, Digest(found))
-    ):
-        return None
-    run.cached += 1
-    run.relied_on.add(Digest(found))
-    return Digest(found)
-
-
-def recipe_id(plan: Plan, planned: TensorPlan, base: Digest, experts: tuple[Digest, ...], tensor: _Tensor) -> Digest:
-    """What a block's result depends on, and nothing else: a change of another layer leaves it as it is."""
-    recipe = {
-        "method": [plan.method, plan.method_version],
-        "parameters": dict(plan.parameters),
-        "experts": [
-            [block.hex(), entry.dtype, {k: v for k, v in sorted(item.parameters.items()) if k != "density"}, bits]
-            for block, entry, item, bits in zip(experts, tensor.experts, plan.experts, planned.thresholds, strict=True)
-        ],
-        "base": [base.hex(), tensor.base.dtype],
-        "out": tensor.out_type.name,
+def _recipe_base(run: Run, work: _Work) -> bytes:
+    """What all blocks of a tensor have in common: the method, and its coefficients or what they follow from."""
+    job, problem = work.job, work.facts.problem
+    common = {
+        "method": [run.method.name, run.method.version],
+        "based": problem.based,
+        "coefficients": fingerprint(work.coefficients).hex(),
+        "types": [job.reference.dtype, *(entry.dtype for entry in job.experts)],
+        "out": work.out_type.name,
+        "row": problem.row_elements,
     }
-    return hash_record("recipe", dump_canonical(recipe))
+    if not work.settled:
+        common["tensors"] = [job.reference.id.hex(), *(entry.id.hex() for entry in job.experts)]
+        common["parameters"] = [dict(problem.parameters), *(dict(own) for own in problem.experts)]
+    return dump_canonical(common)
+
+
+def recipe_id(base: bytes, job: Job, index: int, experts: tuple[Digest, ...]) -> Digest:
+    """What a block's result depends on, and nothing else: a change of another layer leaves it as it is."""
+    start = block_elements(job.reference.shape, job.reference.chunks, index)[0]
+    blocks = b"".join((job.reference.blocks[index], *experts))
+    return hash_record("recipe", base + start.to_bytes(8, "little") + blocks)

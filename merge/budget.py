@@ -27,6 +27,11 @@ class Budget:
             return self.size_bytes
         return None if self.share is None else int(full_bytes * self.share)
 
+    def covers(self, full_bytes: int) -> bool:
+        """Whether everything may be read."""
+        limit = self.in_bytes(full_bytes)
+        return limit >= full_bytes if limit is not None else self.relative_error is None
+
 
 def parse_budget(text: str | None, max_error: float | None = None) -> Budget:
     """``"2GiB"``, ``"10%"``, or a largest relative error; raises UsageError."""

@@ -1,17 +1,21 @@
 """How far a merge can be from the full one, from norms alone.
 
 An unread block's delta counts as zero; a read block is processed exactly as in the full merge. Blocks are disjoint sets
-of elements, so the squared distance of the whole model is the sum over places of the squared distance at each.
+of elements, so the squared distance of the whole model is the sum over places of the squared distance at each. What a
+method's result can move by is in its factors (:attr:`mergepipe.merge.method.Method.reach`):
 
-*additive* methods (the result is linear in the deltas, with fixed coefficients c): at a place the distance is at most
+*linear* (the result is linear in the deltas, with fixed coefficients c): at a place the distance is at most
 ``sum over unread groups of |sum of their c| * norm``. Where coefficients cancel, float32 sums leave a rest: a group's
 factor is at least ``2**-22`` of the sum of their magnitudes, so a bound of 0 means that nothing is missing.
 
-*consensus* (TIES): with all weights positive and normalization, each element of the mixed delta is a weighted mean of
-some of the trimmed deltas, so its magnitude is at most the largest of theirs. If nothing is read at a place the result
-is the base, and the distance is at most ``scale * sqrt(sum of norm^2)`` over the experts. Places are read whole or not
-at all: with a part read the bound would be larger still. Without normalization the mean becomes a sum, and the bound is
-``scale * sum of |w| * norm``. It is loose: what trimming removes is still counted.
+*additive* (each expert's part is masked or scaled by itself): the same, with ``sum of |c|`` for a group.
+
+*whole* (TIES and others, where experts decide together): places are read whole or not at all. If nothing is read at a
+place the result is the base, and the distance is at most ``sqrt(sum of (factor * norm)^2)`` over the experts. It is
+loose: what trimming removes is still counted.
+
+Beside the bound stands an *estimate*: the squared length of what is missing at a place, from norms and from the inner
+products of the experts' sketches, so that deltas which cancel or add up are seen. It is likely, not certain.
 """
 
 from __future__ import annotations
@@ -21,10 +25,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final
 
+import numpy as np
+from numpy.typing import NDArray
+
 from mergepipe.merge.facts import Place, TensorFacts
-from mergepipe.merge.method import Coefficients, Method
+from mergepipe.merge.method import Method
 
 _REST: Final = 2.0**-22
+_USUAL: Final = 0.7  # of a whole place's bound; 0.50 to 0.84 over the families of bench/budget.py
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,6 +40,7 @@ class Item:
     """What can be read or left out as one: groups at one place.
 
     ``error``: what leaving it out adds to the distance at its place. ``stored_bytes``: what reading it takes.
+    ``part``: the sketch of what it adds to the result, and ``size`` the length of that by the norms.
     """
 
     tensor: int
@@ -39,37 +48,44 @@ class Item:
     groups: tuple[int, ...]
     error: float
     stored_bytes: int
+    size: float = 0.0
+    part: NDArray[np.float64] | None = None
 
 
-def items_of(number: int, facts: TensorFacts, method: Method, coefficients: Coefficients) -> list[Item]:
+def items_of(number: int, facts: TensorFacts, method: Method) -> list[Item]:
     """All items of one tensor."""
+    if not facts.places:
+        return []
+    factors = method.reach(facts.problem, facts.coefficients)
     found: list[Item] = []
     for place in facts.places:
-        if method.error == "consensus":
-            error = _consensus_error(place, coefficients)
+        if method.error == "whole":
+            error = _whole_error(place, factors)
             cost = sum(group.stored_bytes for group in place.groups)
-            found.append(Item(number, place.index, tuple(range(len(place.groups))), error, cost))
+            found.append(Item(number, place.index, tuple(range(len(place.groups))), error, cost, _USUAL * error))
             continue
         for position, group in enumerate(place.groups):
-            weights = [float(coefficients.weights[expert]) for expert in group.experts]
-            weight = max(abs(math.fsum(weights)), _REST * math.fsum(abs(weight) for weight in weights))
-            factor = weight * abs(float(coefficients.scale) / float(coefficients.divisor))
-            error = factor * group.norm if math.isfinite(group.norm) else math.inf  # zero times infinity is a NaN
-            found.append(Item(number, place.index, (position,), error, group.stored_bytes))
+            mine = [float(factors[expert]) for expert in group.experts]
+            signed, total = math.fsum(mine), math.fsum(abs(factor) for factor in mine)
+            factor = max(abs(signed), _REST * total) if method.error == "linear" else total
+            part = None
+            if group.sketch is not None and math.isfinite(signed):
+                part = signed * group.sketch.astype(np.float64)
+            error = _times(factor, group.norm)
+            found.append(Item(number, place.index, (position,), error, group.stored_bytes, error, part))
     return found
 
 
-def _consensus_error(place: Place, coefficients: Coefficients) -> float:
+def _times(factor: float, norm: float) -> float:
+    """A bound that is infinite where one of them is: zero times infinity is a NaN."""
+    return factor * norm if math.isfinite(norm) and math.isfinite(factor) else math.inf
+
+
+def _whole_error(place: Place, factors: NDArray[np.float64]) -> float:
     if not all(math.isfinite(group.norm) for group in place.groups):
         return math.inf
-    scale = abs(float(coefficients.scale))
-    if coefficients.normalize and all(weight >= 0 for weight in coefficients.weights):
-        return scale * math.sqrt(sum(len(group.experts) * group.norm**2 for group in place.groups))
-    if coefficients.normalize:
-        return math.inf  # the divisor can be anything where weights of both signs agree
-    return scale * sum(
-        abs(float(coefficients.weights[expert])) * group.norm for group in place.groups for expert in group.experts
-    )
+    parts = [_times(float(factors[expert]), group.norm) for group in place.groups for expert in group.experts]
+    return math.sqrt(math.fsum(part**2 for part in parts))
 
 
 def distance(items: Sequence[Item]) -> float:
@@ -79,3 +95,28 @@ def distance(items: Sequence[Item]) -> float:
         place = (item.tensor, item.index)
         errors[place] = errors.get(place, 0.0) + item.error
     return math.sqrt(math.fsum(error * error for error in errors.values()))
+
+
+def estimate(items: Sequence[Item]) -> float:
+    """The likely distance of a model that is merged without these items, by their sketches."""
+    places: dict[tuple[int, int], list[Item]] = {}
+    for item in items:
+        places.setdefault((item.tensor, item.index), []).append(item)
+    return math.sqrt(math.fsum(squared_length(together) for together in places.values()))
+
+
+def squared_length(items: Sequence[Item]) -> float:
+    """The likely squared length of the sum of what these items of one place add to the result.
+
+    Each sketch is drawn to the length that the norm says, so that a delta and its opposite leave nothing.
+    """
+    own = math.fsum(item.size**2 for item in items)
+    if len(items) == 1 or any(item.part is None for item in items):
+        return own
+    total = np.zeros_like(items[0].part)
+    for item in items:
+        assert item.part is not None
+        length = float(np.linalg.norm(item.part))
+        if length > 0 and math.isfinite(length) and math.isfinite(item.size):
+            total += item.part * (item.size / length)
+    return float(total @ total)

@@ -11,9 +11,13 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from mergepipe.merge.bench import open_bench
 from mergepipe.merge.blocks import Run, compute
-from mergepipe.merge.plan import Plan
-from mergepipe.merge.validate import check_plan
+from mergepipe.merge.checkpoints import Finished
+from mergepipe.merge.files import result_files
+from mergepipe.merge.inputs import virtual_blocks
+from mergepipe.merge.plan import Input, Plan
+from mergepipe.merge.validate import CheckedPlan, check_plan
 from mergepipe.store.commits import Commit, Parent, default_author, timestamp_now
 from mergepipe.store.digest import Digest
 from mergepipe.store.errors import BudgetError, ConflictError
@@ -23,6 +27,7 @@ from mergepipe.store.objects import ObjectReader, Role
 from mergepipe.store.parallel import Progress, default_workers
 from mergepipe.store.publish import Changes, RefUpdate, publish
 from mergepipe.store.refs import check_ref_name, find_ref
+from mergepipe.store.snapshot import Snapshot
 from mergepipe.store.staging import Staging
 from mergepipe.store.store import Store
 from mergepipe.store.version import TOOL
@@ -57,8 +62,12 @@ def execute(
     use_cache: bool = True,
     workers: int | None = None,
     progress: Progress | None = None,
+    device: str = "cpu",
 ) -> MergeResult:
     """Carry out a plan and let ``ref`` point at the result.
+
+    ``device``: a torch device that merges the tiles, such as ``cuda``; results are then equal to some ulps of float32,
+    not bit for bit, and so neither taken from nor put into the cache of results.
 
     Raises:
         BadInputError: the plan does not hold for this store's objects, or was edited.
@@ -68,37 +77,71 @@ def execute(
     """
     started = time.monotonic()
     before = _ref_before(store, ref)
-    checked = check_plan(store, plan)
-    plan, base = checked.plan, checked.base
+    checked = check_plan(store, plan, progress)
     with Staging(store.layout, store.catalog) as staging:
-        run = Run(store, plan, ObjectReader(store.layout), staging, use_cache)
-        tensors = compute(run, base, checked.experts, workers or default_workers(), progress)
+        run = _open_run(store, checked, staging, device, use_cache=use_cache and device == "cpu")
+        tensors = compute(run, checked.facts.tensors, workers or default_workers(), progress)
+        run.finished.check()
         _hold_to_budget(run)
-        shards = base.shards if plan.dtype is None else ()
-        tree = build_tree(tensors, base.files, shards, lambda data: staging.add_record(Kind.NODE, data))
-        plan_id = staging.add_record(Kind.PLAN, plan.encode())
-        changes = Changes(results=run.results, deltas=run.deltas, relied_on=tuple(run.relied_on))
+        donor = checked.models[run.plan.files].snapshot
+        files = result_files(donor, run.plan, staging)
+        shards = donor.shards if _same_layout(donor, tensors) else ()
+        tree = build_tree(tensors, files, shards, lambda data: staging.add_record(Kind.NODE, data))
+        plan_id = staging.add_record(Kind.PLAN, run.plan.encode())
+        changes = run.finished.take()
         commit_id, unchanged = before, True
         if before is None or not _is_result(store, before, tree, plan_id):
             measured = {**_measured(run, tensors), "elapsed_seconds": round(time.monotonic() - started, 3)}
-            commit = _commit(plan, tree, plan_id, before, ref, message, author, measured)
+            commit = _commit(run.plan, tree, plan_id, before, ref, message, author, measured)
             commit_id, unchanged = staging.add_record(Kind.COMMIT, commit.encode()), False
             changes.commits.append(commit)
             changes.refs.append(RefUpdate(ref, before, commit_id, "branch", "merge", commit.author))
         else:
             staging.add_record(Kind.COMMIT, store.commit(before).encode())  # writes it only where its file was lost
-        publish(store.catalog, staging, changes)
+        _publish(store, staging, changes)
         assert commit_id is not None
         return MergeResult(
             ref=ref,
             commit=commit_id,
             plan=plan_id,
-            budget_bytes=plan.budget_bytes,
+            budget_bytes=run.plan.budget_bytes,
             **_measured(run, tensors),
             elapsed_seconds=round(time.monotonic() - started, 3),
             peak_memory_bytes=peak_memory_bytes(),
             unchanged=unchanged,
         )
+
+
+def _open_run(store: Store, checked: CheckedPlan, staging: Staging, device: str, *, use_cache: bool) -> Run:
+    reader = ObjectReader(store.layout)
+    return Run(
+        store=store,
+        plan=checked.plan,
+        method=checked.method,
+        reader=reader,
+        staging=staging,
+        bench=open_bench(store, reader, virtual_blocks(checked.models), checked.method, device),
+        finished=Finished(store, staging, keep_results=device == "cpu"),
+        use_cache=use_cache,
+    )
+
+
+def _same_layout(donor: Snapshot, tensors: Mapping[str, TensorEntry]) -> bool:
+    """Whether the result fits the donor's shards: the same tensors in the same types and shapes."""
+    theirs = donor.tensors
+    return theirs.keys() == tensors.keys() and all(
+        entry.dtype == theirs[name].dtype and entry.shape == theirs[name].shape for name, entry in tensors.items()
+    )
+
+
+def _publish(store: Store, staging: Staging, changes: Changes) -> None:
+    """Publish; where a ref moved meanwhile, the blocks stay all the same, so that the next try finds them."""
+    try:
+        publish(store.catalog, staging, changes)
+    except ConflictError:
+        kept = Changes(results=changes.results, deltas=changes.deltas, tensors=changes.tensors)
+        publish(store.catalog, staging, kept)
+        raise
 
 
 def _ref_before(store: Store, ref: str) -> Digest | None:
@@ -161,9 +204,14 @@ def _commit(
 
 def describe(plan: Plan) -> str:
     """``ties of math:0.6 and code:0.4 on base``."""
-    experts = [f"{expert.name}:{float(expert.parameters['weight']):g}" for expert in plan.experts]
+    experts = [_named(expert) for expert in plan.experts]
     together = " and ".join([", ".join(experts[:-1]), experts[-1]] if len(experts) > 1 else experts)
-    return f"{plan.method} of {together} on {plan.base.name}"
+    return f"{plan.method} of {together}" + (f" on {plan.base.name}" if plan.based else "")
+
+
+def _named(expert: Input) -> str:
+    weight = expert.parameters.get("weight")
+    return expert.name if weight is None else f"{expert.name}:{float(weight):g}"
 
 
 def peak_memory_bytes() -> int:

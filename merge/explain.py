@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from mergepipe.merge.facts import gather
-from mergepipe.merge.methods import find_method
 from mergepipe.merge.plan import Plan
 from mergepipe.merge.validate import check_plan
 from mergepipe.store.store import Store
@@ -40,18 +38,16 @@ class TensorExplanation:
 
 
 def explain(store: Store, plan: Plan) -> list[TensorExplanation]:
-    """All tensors in which an expert differs from the base, in the model's order; the plan is checked first."""
+    """All tensors in which an expert differs from its reference, in the model's order; the plan is checked first."""
     checked = check_plan(store, plan)
-    plan, base, experts = checked.plan, checked.base, checked.experts
-    names = [item.name for item in plan.experts]
-    facts, _ = gather(store, base, experts, names, find_method(plan.method))
     found = []
-    for tensor in facts:
+    for tensor in checked.facts.tensors:
         if not tensor.places:
             continue
-        planned = plan.tensors.get(tensor.name)
+        planned = checked.plan.tensors.get(tensor.name)
+        setting = checked.plan.settings[tensor.job.setting]
         shares = []
-        for number, name in enumerate(names):
+        for number, expert in enumerate(setting.experts):
             reads = set(planned.reads[number]) if planned else set()
             mine = [
                 (place.index, group.stored_bytes if number == group.experts[0] else 0)
@@ -61,8 +57,9 @@ def explain(store: Store, plan: Plan) -> list[TensorExplanation]:
             ]
             done = sum(size for index, size in mine if index in reads)
             left = sum(size for index, size in mine if index not in reads)
-            kept = planned.kept[number] if planned else -1
+            kept = int(planned.pinned["kept"][number]) if planned and "kept" in planned.pinned else -1
             count = sum(index in reads for index, _ in mine)
+            name = checked.plan.models[expert].name
             shares.append(ExpertShare(name, len(mine), count, done, left, kept, _reason(len(mine), count)))
         bound = planned.bound if planned else 0.0
         found.append(

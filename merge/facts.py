@@ -1,41 +1,50 @@
 """What the planner knows: manifests and catalog rows of the inputs, gathered once, no weights read.
 
-A *place* is one block index of one tensor. Experts whose block at a place is the base's own contribute nothing there;
-experts with one and the same block there are one *group*: it is read once and serves them all.
+A *place* is one block index of one tensor. Experts whose block at a place is the reference's own contribute nothing
+there; experts with one and the same block there are one *group*: it is read once and serves them all.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from mergepipe.merge.method import Method
-from mergepipe.store.catalog import Reading
+from mergepipe.merge.inputs import Model, Reads, virtual_blocks
+from mergepipe.merge.job import Job, Setting
+from mergepipe.merge.method import Coefficients, Method, Problem
+from mergepipe.store.catalog import Catalog, Reading
 from mergepipe.store.digest import Digest
-from mergepipe.store.errors import BadInputError, DamagedError
+from mergepipe.store.errors import UsageError
 from mergepipe.store.manifest import TensorEntry
-from mergepipe.store.snapshot import Snapshot
 from mergepipe.store.statistics import DeltaStatistics, unpack_histogram, unpack_statistics
 from mergepipe.store.store import Store
+
+Settle = Callable[[Job, Problem, Coefficients], Coefficients | None]
+"""The coefficients after all passes over a tensor, from what is kept of them; None where that is not known."""
 
 
 @dataclass(frozen=True, slots=True)
 class Group:
-    """Experts that have one block at a place: which, its id, a bound of its delta's L2 norm, the bytes to read it."""
+    """Experts that have one block at a place: which, its id, and the bytes to read it.
+
+    ``norm``: a bound of its delta's L2 norm, and ``sketch`` the delta's; a NaN and None where nobody asked for them.
+    """
 
     experts: tuple[int, ...]
     block: Digest
     norm: float
     stored_bytes: int
+    sketch: NDArray[np.float32] | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """One block index of a tensor where some expert differs from the base."""
+    """One block index of a tensor where some expert differs from the reference."""
 
     index: int
     groups: tuple[Group, ...]
@@ -44,118 +53,183 @@ class Place:
 
 @dataclass(frozen=True, slots=True)
 class TensorFacts:
-    """One tensor of the base, and where the experts differ from it.
+    """One output tensor, and where the experts differ from its reference.
 
-    ``histograms``: for each expert the magnitude histogram of its delta, None where it is not needed.
-    ``base_bytes``: bytes to read each of the base's blocks.
+    ``coefficients``: as the method knows them before anything is read, or, for a plan with a budget, after its passes.
+    ``settled``: whether they are final; ``passes``: how many it takes until they are. ``base_bytes``: bytes to read
+    each of the reference's blocks.
     """
 
-    name: str
-    entry: TensorEntry
+    job: Job
+    problem: Problem
+    coefficients: Coefficients
+    settled: bool
     places: tuple[Place, ...]
-    histograms: tuple[NDArray[np.int64] | None, ...]
     base_bytes: tuple[int, ...]
+    passes: int = 0
+
+    @property
+    def name(self) -> str:
+        return self.job.name
+
+    @property
+    def entry(self) -> TensorEntry:
+        """The reference's tensor."""
+        return self.job.reference
 
 
 @dataclass(frozen=True, slots=True)
 class Missing:
-    """A pair of tensors whose statistics the catalog does not have yet."""
+    """A pair of tensors whose statistics the catalog does not have yet: the reference's, and an expert's."""
 
-    expert: int
-    tensor: str
+    reference: TensorEntry
+    expert: TensorEntry
+
+
+@dataclass(frozen=True, slots=True)
+class Facts:
+    """All that the planner needs to know. ``missing`` and ``unsettled`` are empty where they are complete.
+
+    ``adapter_bytes``: what reading the low-rank factors takes, whatever else is read. ``bounded``: whether norms and
+    final coefficients are known.
+    """
+
+    tensors: list[TensorFacts]
+    missing: list[Missing]
+    unsettled: list[TensorFacts]
+    adapter_bytes: int
+    bounded: bool
 
 
 def gather(
-    store: Store, base: Snapshot, experts: Sequence[Snapshot], names: Sequence[str], method: Method
-) -> tuple[list[TensorFacts], list[Missing]]:
-    """Facts for all tensors of the base, and which statistics are missing (then the facts are not complete).
-
-    Raises:
-        BadInputError: an expert lacks a tensor, or has it in another shape.
-    """
-    check_shapes(base, experts, names)
-    facts: list[TensorFacts] = []
-    missing: list[Missing] = []
-    with store.catalog.reading() as view:
-        for name, entry in base.tensors.items():
-            others = [expert.tensors[name] for expert in experts]
-            facts.append(_tensor(view, name, entry, others, method, missing))
-    return facts, missing
-
-
-def check_shapes(base: Snapshot, experts: Sequence[Snapshot], names: Sequence[str]) -> None:
-    """Raises BadInputError that lists the tensors of an expert that do not fit the base."""
-    for expert, name in zip(experts, names, strict=True):
-        problems = []
-        for tensor, entry in base.tensors.items():
-            other = expert.tensors.get(tensor)
-            if other is None:
-                problems.append(f"{tensor} is missing")
-            elif other.shape != entry.shape:
-                problems.append(f"{tensor} is {list(other.shape)}, in the base {list(entry.shape)}")
-            elif other.dtype != entry.dtype and not _both_float(other, entry):
-                problems.append(f"{tensor} is {other.dtype}, in the base {entry.dtype}")
-            elif other.chunks != entry.chunks:
-                problems.append(f"{tensor} is cut into other blocks (ingest it again with --base)")
-        if problems:
-            more = f" (and {len(problems) - 3} more)" if len(problems) > 3 else ""
-            raise BadInputError(
-                f"expert {name!r} does not fit the base: {'; '.join(problems[:3])}{more}",
-                hint="Merge models that were trained from the base. `mp diff BASE EXPERT` lists the differences.",
-            )
-
-
-def _both_float(a: TensorEntry, b: TensorEntry) -> bool:
-    return a.element_type.has_statistics and b.element_type.has_statistics
-
-
-def _tensor(
-    view: Reading,
-    name: str,
-    entry: TensorEntry,
-    others: list[TensorEntry],
+    store: Store,
+    models: Sequence[Model],
+    jobs: Sequence[Job],
+    settings: Sequence[Setting],
     method: Method,
-    missing: list[Missing],
-) -> TensorFacts:
-    costs = tuple(_base_cost(view, block) for block in entry.blocks)
-    if not entry.element_type.has_statistics:
-        return TensorFacts(name, entry, (), (None,) * len(others), costs)
-    lacking: set[int] = set()
-    places = []
-    for index, block in enumerate(entry.blocks):
-        groups = _groups(view, block, index, others, lacking)
-        if groups:
-            places.append(Place(index, groups, costs[index]))
-    histograms: list[NDArray[np.int64] | None] = []
-    for number, other in enumerate(others):
-        found = None
-        if method.thresholds and other.blocks != entry.blocks:
-            row = view.get("tensors", entry.id + other.id)
-            if row is None:
+    *,
+    bounded: bool,
+    settle: Settle | None = None,
+) -> Facts:
+    """Facts for all jobs. ``bounded``: with norms, sketches and final coefficients, as a budget needs them."""
+    with store.catalog.reading() as view:
+        reads = Reads(view, virtual_blocks(models))
+        return _Gathering(store.catalog, view, reads, method, bounded, settle).all(models, jobs, settings)
+
+
+class StoredHistograms(Sequence[NDArray[np.int64] | None]):
+    """Each expert's histogram, read from the catalog when it is looked at: all of a large model's would fill memory."""
+
+    def __init__(self, catalog: Catalog, keys: tuple[bytes | None, ...]) -> None:
+        self._catalog = catalog
+        self._keys = keys
+
+    def __len__(self) -> int:
+        return len(self._keys)
+
+    def __getitem__(self, index: Any) -> Any:
+        key = self._keys[index]
+        if key is None:
+            return None
+        with self._catalog.reading() as view:
+            row = view.get("tensors", key)
+        return None if row is None else unpack_histogram(row)
+
+
+@dataclass
+class _Gathering:
+    catalog: Catalog
+    view: Reading
+    reads: Reads
+    method: Method
+    bounded: bool
+    settle: Settle | None
+
+    def all(self, models: Sequence[Model], jobs: Sequence[Job], settings: Sequence[Setting]) -> Facts:
+        missing: list[Missing] = []
+        tensors = [self._tensor(job, settings[job.setting], missing) for job in jobs]
+        unsettled = [facts for facts in tensors if self.bounded and not facts.settled and self._is_computed(facts)]
+        factors: set[tuple[Digest, ...]] = set()  # each pair is read for itself, whatever blocks it shares
+        for facts in tensors:
+            for number, source in _sources(facts.job, settings[facts.job.setting]):
+                factors.add(models[number].adapter_blocks.get(source, ()))
+        adapter_bytes = sum(self.reads.own_bytes(block) for blocks in factors for block in blocks)
+        return Facts(tensors, missing, unsettled, adapter_bytes, self.bounded)
+
+    def _is_computed(self, facts: TensorFacts) -> bool:
+        differs = bool(facts.places)
+        return differs or not self.method.stays(facts.problem, facts.coefficients, differs=differs)
+
+    def _tensor(self, job: Job, setting: Setting, missing: list[Missing]) -> TensorFacts:
+        entry = job.reference
+        costs = tuple(self.reads.own_bytes(block) for block in entry.blocks)
+        problem = job.problem(setting)
+        if not entry.element_type.has_statistics or not job.experts:
+            return TensorFacts(job, problem, {}, True, (), costs)
+        lacking: set[int] = set()
+        places = tuple(
+            Place(index, groups, costs[index])
+            for index, block in enumerate(entry.blocks)
+            if (groups := self._groups(block, index, job.experts, lacking))
+        )
+        if self.method.histograms:
+            problem = replace(problem, histograms=self._histograms(job, lacking))
+        missing += [Missing(entry, job.experts[number]) for number in sorted(lacking)]
+        coefficients = {} if lacking else self.method.start(problem)
+        passes = 0 if lacking else len(self.method.passes(problem))
+        settled = not passes
+        if self.bounded and not settled and self.settle is not None:
+            final = self.settle(job, problem, coefficients)
+            coefficients, settled = (coefficients, False) if final is None else (final, True)
+        if places:
+            _check_rows(job, self.method)
+        return TensorFacts(job, problem, coefficients, settled, places, costs, passes)
+
+    def _groups(
+        self, base: Digest, index: int, others: tuple[TensorEntry, ...], lacking: set[int]
+    ) -> tuple[Group, ...]:
+        members: dict[Digest, list[int]] = {}
+        for number, other in enumerate(others):
+            block = other.blocks[index]
+            if block != base:
+                members.setdefault(block, []).append(number)
+        groups = []
+        for block, numbers in members.items():
+            norm, sketch = math.nan, None
+            if self.bounded:
+                row = self.view.get("deltas", base + block)
+                if row is None:
+                    lacking.update(numbers)
+                else:
+                    statistics = unpack_statistics(row)
+                    norm, sketch = norm_bound(statistics), statistics.sketch
+            groups.append(Group(tuple(numbers), block, norm, self.reads.expert_bytes(block, base), sketch))
+        return tuple(groups)
+
+    def _histograms(self, job: Job, lacking: set[int]) -> StoredHistograms:
+        keys = []
+        for number, other in enumerate(job.experts):
+            key = job.reference.id + other.id if other.blocks != job.reference.blocks else None
+            if key is not None and self.view.get("tensors", key) is None:
                 lacking.add(number)
-            else:
-                found = unpack_histogram(row)
-        histograms.append(found)
-    missing += [Missing(number, name) for number in sorted(lacking)]
-    return TensorFacts(name, entry, tuple(places), tuple(histograms), costs)
+            keys.append(key)
+        return StoredHistograms(self.catalog, tuple(keys))
 
 
-def _groups(view: Reading, base: Digest, index: int, others: list[TensorEntry], lacking: set[int]) -> tuple[Group, ...]:
-    members: dict[Digest, list[int]] = {}
-    for number, other in enumerate(others):
-        block = other.blocks[index]
-        if block != base:
-            members.setdefault(block, []).append(number)
-    groups = []
-    for block, numbers in members.items():
-        row = view.get("deltas", base + block)
-        norm = 0.0
-        if row is None:
-            lacking.update(numbers)
-        else:
-            norm = norm_bound(unpack_statistics(row))
-        groups.append(Group(tuple(numbers), block, norm, expert_cost(view, block, base)))
-    return tuple(groups)
+def _check_rows(job: Job, method: Method) -> None:
+    """Raises UsageError where a method needs whole rows, and a block has only a part of one."""
+    entry = job.reference
+    if method.rows and entry.shape and entry.chunks[-1] < entry.shape[-1]:
+        raise UsageError(
+            f"{method.name} needs whole rows, and those of {job.name!r} are longer than a block",
+            hint="Ingest the models into a store with larger blocks.",
+        )
+
+
+def _sources(job: Job, setting: Setting) -> Iterator[tuple[int, str]]:
+    """Each expert's number in the plan, and the tensor's name in it."""
+    for position, number in enumerate(setting.experts):
+        yield number, job.name if job.sources is None else job.sources[1 + position]
 
 
 def norm_bound(statistics: DeltaStatistics) -> float:
@@ -166,38 +240,3 @@ def norm_bound(statistics: DeltaStatistics) -> float:
     """
     lost = math.sqrt(statistics.changed) * min(statistics.largest, 2.0**-63)
     return statistics.l2 * (1 + 2.0**-18) + lost
-
-
-def expert_cost(view: Reading, block: Digest, base: Digest) -> int:
-    """Bytes that reading an expert's block takes when the base's block at its place is at hand.
-
-    A delta against another block than the base's (or than the one that the base's is stored against) needs that too.
-    """
-    row = view.object_row(block)
-    if row is None:
-        raise _gone(block)
-    if row.base is None or row.base in (base, _root(view, base)):
-        return row.stored_bytes
-    other = view.object_row(row.base)
-    if other is None:
-        raise _gone(row.base)
-    return row.stored_bytes + other.stored_bytes
-
-
-def _base_cost(view: Reading, block: Digest) -> int:
-    row = view.object_row(block)
-    if row is None:
-        raise _gone(block)
-    root = view.object_row(row.base) if row.base is not None else None
-    return row.stored_bytes + (root.stored_bytes if root is not None else 0)
-
-
-def _root(view: Reading, block: Digest) -> Digest | None:
-    row = view.object_row(block)
-    return row.base if row is not None else None
-
-
-def _gone(block: Digest) -> DamagedError:
-    return DamagedError(
-        f"object {block.short} is not in the store", hint="`mp verify` says what is missing and what needs it."
-    )

@@ -6,13 +6,24 @@ their order, so a result does not depend on tiles or threads.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import numpy as np
+from numba import njit
 from numpy.typing import NDArray
 
 from mergepipe.store.kernels import compiled
 
 Tile = NDArray[np.float32]
-_PIECE = 2048
+
+
+def dividing(function: Callable[..., Any]) -> Any:
+    """As ``compiled``, but dividing by zero gives an infinity, not an exception, so loops that divide vectorise."""
+    try:
+        return njit(nogil=True, cache=True, error_model="numpy")(function)
+    except RuntimeError:  # as there
+        return njit(nogil=True, error_model="numpy")(function)
 
 
 @compiled
@@ -41,7 +52,7 @@ def subtract(values: Tile, base: Tile) -> None:
         values[i] -= base[i]
 
 
-@compiled
+@dividing
 def weighted_sum(experts: NDArray[np.float32], weights: Tile, divisor: np.float32, out: Tile) -> None:
     """``out = sum_k weights[k] * experts[k] / divisor``."""
     for i in range(out.size):
@@ -54,7 +65,7 @@ def weighted_sum(experts: NDArray[np.float32], weights: Tile, divisor: np.float3
             out[i] /= divisor
 
 
-@compiled
+@dividing
 def add_weighted(
     base: Tile, deltas: NDArray[np.float32], weights: Tile, scale: np.float32, divisor: np.float32, out: Tile
 ) -> None:
@@ -65,51 +76,28 @@ def add_weighted(
 
 
 @compiled
-def keep_largest(deltas: NDArray[np.float32], thresholds: NDArray[np.uint32]) -> None:
-    """Set to zero, in place, what is below its expert's threshold; thresholds are float32 bit patterns."""
-    for k in range(thresholds.size):
-        limit = np.uint32(thresholds[k]).view(np.float32)
-        if limit > np.float32(0):
-            row = deltas[k]
-            for i in range(row.size):
-                row[i] = row[i] if abs(row[i]) >= limit else np.float32(0)
+def scaled(source: Tile, factor: np.float32, out: Tile) -> None:
+    """``out = factor * source``."""
+    for i in range(out.size):
+        out[i] = source[i] * factor
 
 
-@compiled
-def elect_and_merge(
-    base: Tile, deltas: NDArray[np.float32], weights: Tile, scale: np.float32, normalize: bool, out: Tile
-) -> None:
-    """TIES: elect each element's sign by the weighted sum, then mix the deltas that agree with it.
+@dividing
+def swap_near(base: Tile, expert: Tile, reach: np.float32, out: Tile) -> None:
+    """NearSwap: the expert's weight where it is within ``reach`` of the base's, and less of it the farther it is.
 
-    Goes through the experts row by row on short pieces, so that each inner loop is one vector operation after another.
+    A result is never outside of the two, which rounding alone could make it.
     """
-    sign = np.empty(_PIECE, np.float32)
-    total = np.empty(_PIECE, np.float32)
-    divisor = np.empty(_PIECE, np.float32)
-    zero, one = np.float32(0), np.float32(1)
-    for start in range(0, out.size, _PIECE):
-        stop = min(start + _PIECE, out.size)
-        for i in range(stop - start):
-            sign[i] = zero
-            total[i] = zero
-            divisor[i] = zero
-        for k in range(weights.size):
-            weight = weights[k]
-            piece = deltas[k, start:stop]
-            for i in range(piece.size):
-                sign[i] += weight * piece[i]
-        for i in range(stop - start):
-            sign[i] = one if sign[i] >= zero else -one
-        for k in range(weights.size):
-            weight = weights[k]
-            piece = deltas[k, start:stop]
-            for i in range(piece.size):
-                value = weight * piece[i]
-                agrees = value * sign[i] > zero
-                total[i] += value if agrees else zero
-                divisor[i] += weight if agrees else zero
-        base_piece = base[start:stop]
-        result = out[start:stop]
-        for i in range(result.size):
-            by = divisor[i] if normalize and divisor[i] != zero else one
-            result[i] = base_piece[i] + scale * (total[i] / by)
+    least, zero, one = np.float32(1e-6), np.float32(0), np.float32(1)
+    for i in range(out.size):
+        a, b = base[i], expert[i]
+        distance = abs(a - b)
+        distance = least if distance < least else distance
+        share = (one / distance) * reach
+        share = zero if share < zero else share
+        share = one if share > one else share
+        mixed = share * b + (one - share) * a
+        low = a if a < b else b
+        high = b if a < b else a
+        mixed = low if mixed < low else mixed
+        out[i] = high if mixed > high else mixed

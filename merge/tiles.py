@@ -2,124 +2,356 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Final
+import threading
+from collections.abc import Callable, Collection, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Final
 
 import numpy as np
 from numpy.typing import NDArray
 
-from mergepipe.merge import kernels
-from mergepipe.merge.method import Coefficients, Method
+from mergepipe.merge import kernels, tile_kernels
+from mergepipe.merge.inputs import Virtual
+from mergepipe.merge.job import Job
+from mergepipe.merge.method import Coefficients, Method, Tile
 from mergepipe.store.base_block import BaseBlock
 from mergepipe.store.catalog import Catalog
 from mergepipe.store.codecs import Bytes, scratch
 from mergepipe.store.convert import from_float32
-from mergepipe.store.digest import Digest, hash_bytes
+from mergepipe.store.digest import Digest
 from mergepipe.store.dtypes import DType
-from mergepipe.store.frame import Kind
 from mergepipe.store.objects import ObjectReader, Role
-from mergepipe.store.staging import Staging
-from mergepipe.store.statistics import DeltaStatistics, block_statistics, to_float32
+from mergepipe.store.statistics import to_float32
+
+if TYPE_CHECKING:
+    from mergepipe.merge.adapters import AdapterReader
 
 _CACHE_BYTES: Final = 512 << 10  # the float32 tiles of all experts together stay in a core's second-level cache
 _LEAST_ELEMENTS: Final = 8 << 10
+_MOST_FREE_BYTES: Final = 96 << 20
+_STEP: Final = 1024
 
 
 @dataclass(frozen=True, slots=True)
-class PlaceWork:
-    """What one place needs. An expert that is not read, or does not differ, has the base's block in ``experts``."""
+class Part:
+    """One expert's block, decoded. ``virtual``: ``block`` is what that is computed from, and ``onto`` what it is
+    added to, where that is not the reference's block."""
 
-    method: Method
-    coefficients: Coefficients
-    base: Digest
-    experts: tuple[Digest, ...]
+    dtype: DType
+    block: Bytes | None
+    virtual: Virtual | None = None
+    onto: Bytes | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Loaded:
+    """A place's inputs, decoded. ``root``: what a delta of the result may be stored against.
+
+    A part that is None is the reference's own block. ``stack``: where all are bfloat16 and lie in the store, their
+    blocks as one array (K, elements); the parts' blocks are then its rows.
+    """
+
+    base: Bytes
     base_type: DType
-    expert_types: tuple[DType, ...]
-    out_type: DType
-    size_bytes: int
+    root: tuple[Digest, Bytes]
+    parts: tuple[Part | None, ...]
+    stack: NDArray[np.uint16] | None = None
 
     @property
-    def elements(self) -> int:
-        return self.size_bytes * 8 // self.base_type.bits
+    def present(self) -> NDArray[np.bool_]:
+        """Which experts have a block of their own, (K,)."""
+        return np.array([part is not None for part in self.parts], np.bool_)
+
+    def arrays(self) -> Iterator[Bytes]:
+        """The memory of a held place, each array at least once."""
+        yield self.base
+        yield self.root[1]
+        if self.stack is not None:
+            yield self.stack.reshape(-1).view(np.uint8)
+        else:
+            for part in self.parts:
+                if part is not None:
+                    yield from (block for block in (part.block, part.onto) if block is not None)
+
+    def without(self, unread: Collection[int]) -> Loaded:
+        """The same place as if these experts had not been read."""
+        parts = tuple(None if number in unread else part for number, part in enumerate(self.parts))
+        return replace(self, parts=parts)
 
 
-def merge_place(
-    catalog: Catalog, reader: ObjectReader, staging: Staging, place: PlaceWork
-) -> tuple[Digest, DeltaStatistics]:
-    """Compute one block and stage it; returns its id, and the statistics of its difference to the base's block.
+def apply_here(method: Method, tile: Tile, coefficients: Coefficients, out: NDArray[np.float32]) -> None:
+    """Apply a method to a tile on this processor."""
+    method.apply(tile, coefficients, out)
+
+
+class Pool:
+    """Memory for what is held: fresh arrays cost a page fault for every 4 KiB, so those given back are used again."""
+
+    def __init__(self) -> None:
+        self._free: dict[int, list[Bytes]] = {}
+        self._free_bytes = 0
+        self._lock = threading.Lock()
+
+    def take(self, size: int) -> Bytes:
+        """``size`` bytes, with anything in them."""
+        with self._lock:
+            free = self._free.get(size)
+            if free:
+                self._free_bytes -= size
+                return free.pop()
+        return np.empty(size, np.uint8)
+
+    def give(self, loaded: Loaded) -> None:
+        """Take back what a held place has; nobody looks at it any more."""
+        arrays = {id(array): array for array in loaded.arrays()}
+        with self._lock:
+            for array in arrays.values():
+                if self._free_bytes + array.nbytes <= _MOST_FREE_BYTES:
+                    self._free_bytes += array.nbytes
+                    self._free.setdefault(array.nbytes, []).append(array)
+
+
+@dataclass(slots=True)
+class Bench:
+    """What places are worked on with: the store's catalog and reader, and the virtual blocks.
+
+    ``apply``: where tiles are merged; ``tile_bytes``: how large the float32 inputs of such a tile may be together.
+    Passes run on the processor, on tiles of its own size: their sums depend on how a block is cut.
+    """
+
+    catalog: Catalog
+    reader: ObjectReader
+    virtual: Mapping[Digest, Virtual] = field(default_factory=dict)
+    adapters: AdapterReader | None = None
+    apply: Callable[[Method, Tile, Coefficients, NDArray[np.float32]], None] = apply_here
+    tile_bytes: int = _CACHE_BYTES
+    pool: Pool = field(default_factory=Pool)
+
+
+def load(bench: Bench, job: Job, index: int, experts: tuple[Digest, ...], *, held: bool = False) -> Loaded:
+    """Read a place. ``experts``: each one's block, the reference's where it is not read, or does not differ.
+
+    ``held``: into memory of its own, which outlives the thread's next place.
 
     Raises:
         DamagedError: an input is not what it was.
     """
-    base = BaseBlock(catalog, reader)
-    base.load(place.base, place.size_bytes)
-    inputs = _read_experts(reader, place, base)
-    out = scratch.bytes("merged", place.out_type.nbytes(place.elements))
-    _merge_tiles(place, base.own, inputs, out)
-    digest = hash_bytes(out.data)
-    if staging.claim(digest):
-        against = base.root if place.out_type is place.base_type else None
-        staging.add_block(Kind.BLOCK, digest, out, place.out_type.plane_bytes, against)
-    return digest, block_statistics(out, base.own, place.out_type, place.base_type, None)
+    own = job.reference.blocks[index]
+    size = job.reference.block_span(index)[1]
+    base_type = job.reference.element_type
+    base = BaseBlock(bench.catalog, bench.reader)
+    base.load(own, size)
+    assert base.root is not None
+    stack = _stack(bench, job, experts, size, held=held)
+    reading = _Reading(bench, base, size * 8 // base_type.bits, None if stack is None else stack.view(np.uint8))
+    parts = tuple(
+        None if digest == own else reading.part(number, digest, entry.element_type)
+        for number, (digest, entry) in enumerate(zip(experts, job.experts, strict=True))
+    )
+    loaded = Loaded(base.own, base_type, base.root, parts, stack)
+    return _hold(bench.pool, loaded) if held else loaded
 
 
-def _read_experts(reader: ObjectReader, place: PlaceWork, base: BaseBlock) -> list[Bytes]:
-    """Each expert's block, each distinct one read once."""
-    blocks: dict[Digest, Bytes] = {place.base: base.own}
-    for number, (digest, dtype) in enumerate(zip(place.experts, place.expert_types, strict=True)):
-        if digest not in blocks:
-            block = scratch.bytes(f"expert{number}", dtype.nbytes(place.elements))
-            reader.read_block(digest, block, Role.EXPERT, base.root)
-            blocks[digest] = block
-    return [blocks[digest] for digest in place.experts]
+def _stack(bench: Bench, job: Job, experts: tuple[Digest, ...], size: int, *, held: bool) -> NDArray[np.uint16] | None:
+    """Room for all experts' blocks at once, where they are of the kind that has a short way to tiles."""
+    if not experts or job.reference.dtype != "BF16" or any(entry.dtype != "BF16" for entry in job.experts):
+        return None
+    if any(digest in bench.virtual for digest in experts):
+        return None
+    total = size * len(experts)
+    room = bench.pool.take(total) if held else scratch.bytes("experts", total)
+    return room.view("<u2").reshape(len(experts), -1)
 
 
-def _merge_tiles(place: PlaceWork, base: Bytes, inputs: list[Bytes], out: Bytes) -> None:
-    count = len(inputs)
-    step = max(_CACHE_BYTES // (4 * (count + 2)) // 1024 * 1024, _LEAST_ELEMENTS)
-    step = min(step, max(place.elements, 1))
-    rows = scratch.bytes("tiles", (count + 2) * step * 4).view(np.float32).reshape(count + 2, step)
-    types = [
-        place.base_type if block is base else dtype for block, dtype in zip(inputs, place.expert_types, strict=True)
-    ]
-    for start in range(0, place.elements, step):
-        size = min(step, place.elements - start)
-        base_tile, result = rows[count][:size], rows[count + 1][:size]
-        _widen(base, place.base_type, start, base_tile)
-        experts = rows[:count, :size]
-        for number, (block, dtype) in enumerate(zip(inputs, types, strict=True)):
-            if place.method.takes == "weights":
-                _widen(block, dtype, start, experts[number])
+def _hold(pool: Pool, loaded: Loaded) -> Loaded:
+    """The same in memory of its own; a stack is that already."""
+    copies: dict[int, Bytes] = {}
+
+    def own(block: Bytes | None) -> Bytes | None:
+        if block is None:
+            return None
+        if id(block) not in copies:
+            copy = copies[id(block)] = pool.take(block.nbytes)
+            copy[:] = block
+        return copies[id(block)]
+
+    base, root = own(loaded.base), own(loaded.root[1])
+    assert base is not None
+    assert root is not None
+    parts = loaded.parts
+    if loaded.stack is None:
+        parts = tuple(part and replace(part, block=own(part.block), onto=own(part.onto)) for part in parts)
+    return replace(loaded, base=base, root=(loaded.root[0], root), parts=parts)
+
+
+@dataclass
+class _Reading:
+    """One place's experts being read, each distinct block once.
+
+    What a virtual block is computed from is read for it alone, even where others need it too: so it is planned.
+    """
+
+    bench: Bench
+    base: BaseBlock
+    elements: int
+    stack: NDArray[np.uint8] | None
+    known: dict[tuple[Digest, Digest], Bytes] = field(default_factory=dict)
+
+    def part(self, number: int, digest: Digest, dtype: DType) -> Part:
+        made_of = self.bench.virtual.get(digest)
+        if made_of is None and self.stack is not None:
+            return Part(dtype, self._row(self.stack[number], digest))
+        if made_of is None:
+            return Part(dtype, self._block(f"expert{number}", digest, dtype, digest))
+        block = None
+        if made_of.block is not None and made_of.dtype is not None:
+            block = self._block(f"expert{number}", made_of.block, made_of.dtype, digest)
+        onto_id, onto_type = made_of.onto
+        onto = None if onto_id == self.base.id else self._block(f"onto{number}", onto_id, onto_type, digest)
+        return Part(dtype, block, made_of, onto)
+
+    def _row(self, row: Bytes, digest: Digest) -> Bytes:
+        """One expert's row of the stack; a block that several have is read once, and copied."""
+        if (digest, digest) in self.known:
+            row[:] = self.known[digest, digest]
+        else:
+            self.bench.reader.read_block(digest, row, Role.EXPERT, self.base.root)
+            self.known[digest, digest] = row
+        return row
+
+    def _block(self, buffer: str, digest: Digest, dtype: DType, owner: Digest) -> Bytes:
+        if (owner, digest) not in self.known:
+            block = scratch.bytes(buffer, dtype.nbytes(self.elements))
+            self.bench.reader.read_block(digest, block, Role.EXPERT, self.base.root)
+            self.known[owner, digest] = block
+        return self.known[owner, digest]
+
+
+def tiles(
+    bench: Bench,
+    job: Job,
+    index: int,
+    loaded: Loaded,
+    *,
+    deltas: bool,
+    whole_rows: bool = False,
+    tile_bytes: int = _CACHE_BYTES,
+) -> Iterator[tuple[Tile, NDArray[np.float32]]]:
+    """A place's inputs as float32 tiles, each with room for its result, one after the other in the same buffers."""
+    offset, size = job.reference.block_span(index)
+    bits = loaded.base_type.bits
+    first, elements = offset * 8 // bits, size * 8 // bits
+    row = job.reference.shape[-1] if job.reference.shape else 1
+    step = tile_elements(len(job.experts), elements, row if whole_rows else 1, tile_bytes)
+    height = len(job.experts) + 2
+    buffer = scratch.bytes("tiles", height * step * 4).view(np.float32)
+    present = loaded.present
+    fill = tile_kernels.deltas_of if deltas else tile_kernels.weights_of
+    for start in range(0, elements, step):
+        count = min(step, elements - start)
+        rows = buffer[: height * count].reshape(height, count)  # contiguous, or kernels are not vectorised
+        experts, base_tile, result = rows[:-2], rows[-2], rows[-1]
+        if loaded.stack is not None:
+            fill(loaded.stack, present, loaded.base.view("<u2"), start, rows)
+            yield Tile(base_tile, experts, first + start, row), result
+            continue
+        widen(loaded.base, loaded.base_type, start, base_tile)
+        for part, out in zip(loaded.parts, experts, strict=True):
+            if part is None:
+                out[:] = 0 if deltas else base_tile  # zero also where the base is infinite
+            elif part.virtual is not None:
+                _fill_virtual(bench, part, first + start, start, base_tile, out, deltas=deltas)
+            elif deltas:
+                _delta(part, loaded, start, base_tile, out)
             else:
-                _delta(block, dtype, base, place.base_type, start, base_tile, experts[number])
-        place.method.apply(base_tile, experts, place.coefficients, result)
-        _narrow(result, place.out_type, start, out)
+                assert part.block is not None
+                widen(part.block, part.dtype, start, out)
+        yield Tile(base_tile, experts, first + start, row), result
 
 
-def _delta(
-    block: Bytes, dtype: DType, base: Bytes, base_type: DType, start: int,
-    base_tile: NDArray[np.float32], out: NDArray[np.float32],
-) -> None:  # fmt: skip
+def tile_elements(experts: int, elements: int, row: int, tile_bytes: int = _CACHE_BYTES) -> int:
+    """How many elements a tile has: near what the cache holds, in whole rows."""
+    step = max(tile_bytes // (4 * (experts + 2)) // _STEP * _STEP, _LEAST_ELEMENTS)
+    if row > 1:
+        step = max(step // row, 1) * row
+    return max(min(step, elements), 1)
+
+
+def merge_tiles(
+    bench: Bench,
+    method: Method,
+    coefficients: Coefficients,
+    job: Job,
+    index: int,
+    loaded: Loaded,
+    out_type: DType,
+    *,
+    based: bool,
+) -> Bytes:
+    """The merged block in ``out_type``, in this thread's scratch."""
+    offset, size = job.reference.block_span(index)
+    elements = size * 8 // loaded.base_type.bits
+    out = scratch.bytes("merged", out_type.nbytes(elements))
+    first = offset * 8 // loaded.base_type.bits
+    deltas = method.takes_deltas(based=based)
+    inputs = tiles(bench, job, index, loaded, deltas=deltas, whole_rows=method.rows, tile_bytes=bench.tile_bytes)
+    for tile, result in inputs:
+        bench.apply(method, tile, coefficients, result)
+        narrow(result, out_type, tile.start - first, out)
+    return out
+
+
+def _delta(part: Part, loaded: Loaded, start: int, base_tile: NDArray[np.float32], out: NDArray[np.float32]) -> None:
     """An expert's delta, as its statistics were taken: float64 weights are subtracted before they are rounded."""
-    if block is base:
-        out[:] = 0  # also where the base is infinite
-    elif dtype.name == base_type.name == "F64":
-        part = slice(start, start + out.size)
+    assert part.block is not None
+    if part.dtype.name == loaded.base_type.name == "F64":
+        span = slice(start, start + out.size)
         with np.errstate(over="ignore", invalid="ignore"):
-            np.subtract(block.view("<f8")[part], base.view("<f8")[part], out=out, casting="same_kind")
+            np.subtract(part.block.view("<f8")[span], loaded.base.view("<f8")[span], out=out, casting="same_kind")
     else:
-        _widen(block, dtype, start, out)
+        widen(part.block, part.dtype, start, out)
         kernels.subtract(out, base_tile)
 
 
-def _widen(source: Bytes, dtype: DType, start: int, out: NDArray[np.float32]) -> None:
+def _fill_virtual(
+    bench: Bench,
+    part: Part,
+    element: int,
+    start: int,
+    base_tile: NDArray[np.float32],
+    out: NDArray[np.float32],
+    *,
+    deltas: bool,
+) -> None:
+    """A virtual block's delta, or its weights: what it is added to, plus the delta. ``element``: in the tensor."""
+    assert part.virtual is not None
+    if part.virtual.low is not None:
+        assert bench.adapters is not None
+        bench.adapters.delta_into(part.virtual.low, element, out)
+    else:
+        assert part.block is not None
+        assert part.virtual.dtype is not None
+        widen(part.block, part.virtual.dtype, start, out)
+    if part.onto is not None:
+        onto = scratch.bytes("onto tile", out.size * 4).view(np.float32)
+        widen(part.onto, part.virtual.onto[1], start, onto)
+        np.add(out, onto, out=out)
+        if deltas:
+            np.subtract(out, base_tile, out=out)
+    elif not deltas:
+        np.add(out, base_tile, out=out)
+
+
+def widen(source: Bytes, dtype: DType, start: int, out: NDArray[np.float32]) -> None:
+    """Elements of a block, from ``start`` on, as float32."""
     if dtype.name == "BF16":
         kernels.widen_bfloat16(source.view("<u2")[start : start + out.size], out.view(np.uint32))
     else:
         to_float32(source, dtype, start, out.size, out)
 
 
-def _narrow(values: NDArray[np.float32], dtype: DType, start: int, out: Bytes) -> None:
+def narrow(values: NDArray[np.float32], dtype: DType, start: int, out: Bytes) -> None:
+    """Round float32 values into a block, to nearest even."""
     width = dtype.bits // 8
     target = out[start * width : (start + values.size) * width]
     if dtype.name == "BF16":

@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from mergepipe.merge.assemble import head_of, jobs_of, source_layers
 from mergepipe.merge.build import facts_of
 from mergepipe.merge.certificate import Item
-from mergepipe.merge.facts import TensorFacts
+from mergepipe.merge.facts import Facts
+from mergepipe.merge.inputs import Model, open_models
 from mergepipe.merge.method import Method, Value
 from mergepipe.merge.methods import find_method
-from mergepipe.merge.plan import Input, Plan
-from mergepipe.merge.planner import complete, items_of_model, trim
+from mergepipe.merge.plan import Plan
+from mergepipe.merge.planner import complete, everything, items_of_model
 from mergepipe.store.dtypes import DTYPES
-from mergepipe.store.errors import BadInputError, BudgetError, NotFoundError, UsageError
-from mergepipe.store.snapshot import Snapshot
+from mergepipe.store.errors import BadInputError, BudgetError, UsageError
+from mergepipe.store.parallel import Progress
 from mergepipe.store.store import Store
 
 _AGAIN = "The plan was edited, or made for other objects. Make it again with `mp plan`."
@@ -24,14 +26,15 @@ _AGAIN = "The plan was edited, or made for other objects. Make it again with `mp
 
 @dataclass(frozen=True, slots=True)
 class CheckedPlan:
-    """A plan that holds, with its costs as they are in this store, and the snapshots of its inputs."""
+    """A plan that holds, with its costs as they are in this store, its models, and what is known of its tensors."""
 
     plan: Plan
-    base: Snapshot
-    experts: list[Snapshot]
+    method: Method
+    models: Sequence[Model]
+    facts: Facts
 
 
-def check_plan(store: Store, plan: Plan) -> CheckedPlan:
+def check_plan(store: Store, plan: Plan, progress: Progress | None = None) -> CheckedPlan:
     """The plan, where it holds. Statistics that this store lacks are made first, as for a new plan.
 
     What follows from the inputs' content must be as the plan says. Its bytes need not be: another store may keep the
@@ -44,16 +47,15 @@ def check_plan(store: Store, plan: Plan) -> CheckedPlan:
     """
     try:
         method = _check_method(plan)
-    except UsageError as error:
-        raise BadInputError(error.message, hint=error.hint or _AGAIN) from error
-    base = _snapshot(store, plan.base, "base")
-    experts = [_snapshot(store, item, f"expert {item.name!r}") for item in plan.experts]
-    facts = facts_of(store, base, experts, [item.name for item in plan.experts], method)
-    try:
+        _check_head(plan)
+        models = open_models(store, plan.models)
+        bounded = plan.bound.update is not None
+        jobs = jobs_of(models, plan)
+        facts = facts_of(store, models, jobs, plan.settings, method, bounded=bounded, progress=progress)
         here = _check_derived(plan, facts, method)
     except UsageError as error:
         raise BadInputError(error.message, hint=error.hint or _AGAIN) from error
-    return CheckedPlan(here, base, experts)
+    return CheckedPlan(here, method, models, facts)
 
 
 def _check_method(plan: Plan) -> Method:
@@ -64,14 +66,37 @@ def _check_method(plan: Plan) -> Method:
         )
     if not plan.experts:
         raise BadInputError("the plan has no experts", hint=_AGAIN)
-    if plan.base.parameters:
-        raise BadInputError("the plan gives the base parameters, which it has not", hint=_AGAIN)
-    _check_parameters(plan.parameters, method, "the plan", per_expert=False)
-    for expert in plan.experts:
-        _check_parameters(expert.parameters, method, f"expert {expert.name!r} of the plan", per_expert=True)
+    if plan.base.parameters or plan.base.kind != "model":
+        raise BadInputError("the plan gives the base parameters, which it has not, or no whole model", hint=_AGAIN)
+    if plan.variants and not plan.complete:
+        raise BadInputError("the plan has variants, and does not list all tensors", hint=_AGAIN)
+    for number, setting in enumerate(plan.settings):
+        if number and not setting.experts:
+            continue
+        where = "the plan" if not number else f"variant {number} of the plan"
+        if number or not plan.complete:
+            method.check_inputs(len(setting.experts), based=setting.based)
+        _check_parameters(setting.parameters, method, where, per_expert=False)
+        for expert, own in zip(setting.experts, setting.own, strict=True):
+            name = plan.models[expert].name
+            _check_parameters(own, method, f"expert {name!r} of {where}", per_expert=True)
     if plan.dtype is not None and (plan.dtype not in DTYPES or not DTYPES[plan.dtype].has_statistics):
         raise BadInputError(f"the plan's dtype {plan.dtype!r} is not one to merge to", hint=_AGAIN)
     return method
+
+
+def _check_head(plan: Plan) -> None:
+    """What the plan's head and its ``config`` say has to follow from its tensors; raises BadInputError."""
+    dtype = {"torch_dtype": DTYPES[plan.dtype].torch_name} if plan.dtype is not None else {}
+    layers = {"num_hidden_layers": plan.config["num_hidden_layers"]} if "num_hidden_layers" in plan.config else {}
+    if dict(plan.config) != {**dtype, **layers}:
+        raise BadInputError("the plan's config is not what follows from its dtype", hint=_AGAIN)
+    if layers and not (plan.complete and layers["num_hidden_layers"] == len(source_layers(plan))):
+        raise BadInputError("the plan's config has another number of layers than its tensors", hint=_AGAIN)
+    if plan.complete and plan.variants and all(planned.setting for planned in plan.tensors.values()):
+        own = [expert.parameters for expert in plan.experts]
+        if (plan.parameters, own, plan.based) != head_of(plan.variants, len(plan.experts)):
+            raise BadInputError("the plan's head does not say what its variants do", hint=_AGAIN)
 
 
 def _check_parameters(found: Mapping[str, Value], method: Method, where: str, *, per_expert: bool) -> None:
@@ -83,22 +108,14 @@ def _check_parameters(found: Mapping[str, Value], method: Method, where: str, *,
         raise BadInputError(f"{where} does not have exactly the method's parameters: {', '.join(settled)}", hint=_AGAIN)
 
 
-def _snapshot(store: Store, item: Input, what: str) -> Snapshot:
-    try:
-        return store.snapshot_of(item.commit)
-    except NotFoundError:
-        raise NotFoundError(
-            f"the plan's {what} is commit {item.commit.short}, which is not in this store",
-            hint="Ingest it here first, or run the plan where it was made.",
-        ) from None
-
-
-def _check_derived(plan: Plan, facts: list[TensorFacts], method: Method) -> Plan:
+def _check_derived(plan: Plan, facts: Facts, method: Method) -> Plan:
     """The plan with its costs here; all but inputs, reads, budget and bytes must be what the planner makes of these."""
-    trims = [trim(tensor, method, plan.experts) for tensor in facts]
-    items = items_of_model(facts, method, plan.experts, plan.parameters, trims)
-    chosen = _chosen(plan, facts, items)
-    honest = complete(plan, facts, trims, items, chosen)
+    if plan.bound.update is None:
+        _check_reads_everything(plan, facts)
+        honest = complete(plan, facts, method, None)
+    else:
+        items = items_of_model(facts, method)
+        honest = complete(plan, facts, method, (items, _chosen(plan, facts, items)))
     if plan.budget_bytes is not None and honest.costs.expert_bytes > plan.budget_bytes:
         raise BudgetError(
             f"the plan's reads take {honest.costs.expert_bytes} bytes, more than its budget of {plan.budget_bytes}",
@@ -112,19 +129,30 @@ def _check_derived(plan: Plan, facts: list[TensorFacts], method: Method) -> Plan
     return here
 
 
-def _chosen(plan: Plan, facts: list[TensorFacts], items: list[Item]) -> set[int]:
+def _check_reads_everything(plan: Plan, facts: Facts) -> None:
+    """Raises BadInputError where a plan without a certificate leaves something out."""
+    for tensor in facts.tensors:
+        planned = plan.tensors.get(tensor.name)
+        wanted = tuple(tuple(sorted(indices)) for indices in everything(tensor))
+        if (planned.reads if planned else ((),) * len(wanted)) != wanted:
+            raise BadInputError(f"the plan says that it reads everything, and does not in {tensor.name!r}", hint=_AGAIN)
+
+
+def _chosen(plan: Plan, facts: Facts, items: Sequence[Item]) -> set[int]:
     """Numbers of the items that the plan reads; raises BadInputError where its reads are no set of items."""
     reads = {
         (tensor.name, index, expert)
-        for tensor in facts
+        for tensor in facts.tensors
         if tensor.name in plan.tensors
         for expert, indices in enumerate(plan.tensors[tensor.name].reads)
         for index in indices
     }
-    groups = {(number, place.index): place.groups for number, tensor in enumerate(facts) for place in tensor.places}
+    groups = {
+        (number, place.index): place.groups for number, tensor in enumerate(facts.tensors) for place in tensor.places
+    }
     chosen = set()
     for number, item in enumerate(items):
-        name = facts[item.tensor].name
+        name = facts.tensors[item.tensor].name
         members = {
             (name, item.index, expert)
             for group in item.groups
@@ -138,8 +166,7 @@ def _chosen(plan: Plan, facts: list[TensorFacts], items: list[Item]) -> set[int]
     if reads:
         name, index, expert = min(reads)
         raise BadInputError(
-            f"the plan reads block {index} of {name!r} of expert {plan.experts[expert].name!r}, "
-            "which is the base's own, or does not exist",
+            f"the plan reads block {index} of {name!r} of expert {expert}, which is the base's own, or does not exist",
             hint=_AGAIN,
         )
     return chosen

@@ -25,6 +25,12 @@ class BaseBlock:
         self.root: tuple[Digest, Bytes] | None = None
 
     @property
+    def id(self) -> Digest:
+        """The base model's block's id."""
+        assert self._loaded is not None
+        return self._loaded[0]
+
+    @property
     def own(self) -> Bytes:
         assert self._loaded is not None
         return self._loaded[1]

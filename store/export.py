@@ -12,7 +12,7 @@ import secrets
 import shutil
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -72,14 +72,16 @@ def export_snapshot(
     force: bool = False,
     max_shard_bytes: int | None = None,
     dtype: str | None = None,
-    extra_files: dict[str, bytes] | None = None,
+    extra_files: Mapping[str, bytes] | None = None,
+    leave_out: Collection[str] = (),
     workers: int | None = None,
     progress: Progress | None = None,
 ) -> ExportResult:
     """Write a commit's checkpoint to ``directory``, which appears only when it is whole.
 
     ``max_shard_bytes`` lays the tensors out anew; ``dtype`` (a safetensors name such as ``F32``) converts the
-    floating-point tensors, rounding to nearest even. ``extra_files`` are added to the folder.
+    floating-point tensors, rounding to nearest even. ``leave_out``: files of the commit, other than weights, that are
+    not written. ``extra_files`` are added to the folder, where nothing of that name is.
 
     Raises:
         ConflictError: ``directory`` exists and ``force`` is not given, or it is a folder that others live in.
@@ -90,7 +92,7 @@ def export_snapshot(
     directory = Path(os.path.abspath(directory))  # noqa: PTH100  # a link keeps its own name; ".." does not
     _check_free(directory, snapshot, force=force)
     shards = _layout(snapshot, max_shard_bytes, dtype)
-    kept = {path: entry for path, entry in snapshot.files.items() if _belongs(path, shards)}
+    kept = {path: entry for path, entry in snapshot.files.items() if path not in leave_out and _belongs(path, shards)}
     for path in [*kept, *(shard.path for shard in shards)]:
         if not is_safe_path(path):
             raise BadInputError(f"the commit has a file named {path!r}, which would leave the folder")
@@ -100,7 +102,9 @@ def export_snapshot(
         total = sum(len(shard.header.raw) + shard.header.data_bytes for shard in shards)
         expect(total, differences=snapshot.commit.parent("base") is not None)
         _write_shards(snapshot, partial, shards, workers or default_workers(), counter(progress, "export", total))
-        written = total + _write_files(snapshot, partial, kept, extra_files or {})
+        written = total + _write_files(snapshot, partial, kept)
+        added = _add_files(partial, extra_files or {})
+        written += sum(added)
         unaltered = bool(snapshot.shards) and max_shard_bytes is None and dtype is None
         written += 0 if unaltered else _write_index(snapshot, partial, shards)
         if not flush_filesystem(partial):
@@ -110,7 +114,7 @@ def export_snapshot(
         raise explain_os_error(error, f"writing {directory}") from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
-    count = len(shards) + len(kept) + len(extra_files or {})
+    count = len(shards) + len(kept) + len(added)
     identical = unaltered and snapshot.commit.kind == "ingest"
     return ExportResult(directory, count, written, identical, round(time.monotonic() - started, 3))
 
@@ -278,7 +282,7 @@ class _Writeback:
             start_writeback(descriptor)
 
 
-def _write_files(snapshot: Snapshot, folder: Path, files: dict[str, FileEntry], extra: dict[str, bytes]) -> int:
+def _write_files(snapshot: Snapshot, folder: Path, files: dict[str, FileEntry]) -> int:
     written = 0
     for path, entry in files.items():
         descriptor = _create(folder / path)
@@ -290,11 +294,17 @@ def _write_files(snapshot: Snapshot, folder: Path, files: dict[str, FileEntry], 
         finally:
             os.close(descriptor)
         written += entry.size
+    return written
+
+
+def _add_files(folder: Path, extra: Mapping[str, bytes]) -> list[int]:
+    """Files beside those of the commit, never over one of them; returns the sizes of those that were written."""
+    added = []
     for path, data in extra.items():
         if not (folder / path).exists():
             (folder / path).write_bytes(data)
-            written += len(data)
-    return written
+            added.append(len(data))
+    return added
 
 
 def _write_index(snapshot: Snapshot, folder: Path, shards: list[_OutputShard]) -> int:

@@ -25,7 +25,7 @@ from mergepipe.store.filesystem import explain_os_error, flush_directory, flush_
 from mergepipe.store.interrupts import too_late_to_interrupt
 from mergepipe.store.layout import is_layout
 from mergepipe.store.refs import Ref, decode_ref, encode_ref
-from mergepipe.store.staging import Staging
+from mergepipe.store.staging import Batch, Staging
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,7 +52,7 @@ class Changes:
     relied_on: Sequence[Digest] = ()
 
 
-def publish(catalog: Catalog, staging: Staging | None, changes: Changes) -> None:
+def publish(catalog: Catalog, staging: Staging | Batch | None, changes: Changes) -> None:
     """Make staged objects and ``changes`` durable and visible, all or nothing.
 
     Raises:
@@ -83,7 +83,7 @@ def publish(catalog: Catalog, staging: Staging | None, changes: Changes) -> None
         catalog.write(change)
 
 
-def _move_objects(view: Writing, staging: Staging) -> None:
+def _move_objects(view: Writing, staging: Staging | Batch) -> None:
     layout = staging.layout
     directories: set[str] = set()
     try:

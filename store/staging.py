@@ -12,6 +12,7 @@ import shutil
 import threading
 import time
 import zlib
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Self
@@ -31,6 +32,18 @@ _RECORD_NAMES = {Kind.NODE: "node", Kind.COMMIT: "commit", Kind.PLAN: "plan"}
 _DELTA_IS_GOOD = 0.6  # below this share of the raw size nobody tries plain planes as well
 
 
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """Staged objects that are published before their writer is done."""
+
+    layout: Layout
+    path: Path
+    rows: dict[Digest, ObjectRow]
+
+    def file_of(self, digest: Digest) -> Path:
+        return self.path / digest.hex()
+
+
 class Staging:
     """One writer's unpublished objects. Use as a context manager; threads may share it.
 
@@ -41,6 +54,7 @@ class Staging:
         self.layout = layout
         self._catalog = catalog
         self.rows: dict[Digest, ObjectRow] = {}
+        self._taken_bytes = 0
         self._claimed: set[Digest] = set()
         self._lock = threading.Lock()
         self.path = layout.temporary / f"{int(time.time())}-{os.getpid()}-{secrets.token_hex(4)}"
@@ -62,7 +76,15 @@ class Staging:
 
     @property
     def written_bytes(self) -> int:
-        return sum(row.stored_bytes for row in self.rows.values())
+        with self._lock:
+            return self._taken_bytes + sum(row.stored_bytes for row in self.rows.values())
+
+    def take_batch(self) -> Batch:
+        """The objects that are staged by now, to be published by themselves; they are no longer in ``rows``."""
+        with self._lock:
+            rows, self.rows = self.rows, {}
+            self._taken_bytes += sum(row.stored_bytes for row in rows.values())
+        return Batch(self.layout, self.path, rows)
 
     def file_of(self, digest: Digest) -> Path:
         """Where a staged object's file lies until it is published."""

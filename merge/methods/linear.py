@@ -5,23 +5,48 @@ Source: Wortsman et al., "Model soups", 2022 (arXiv 2203.05482).
 
 from __future__ import annotations
 
+import math
 from typing import Final
 
 import numpy as np
 from numpy.typing import NDArray
 
-from mergepipe.merge import kernels
-from mergepipe.merge.method import WEIGHT, Coefficients, Method, Parameter
+from mergepipe.merge.method import WEIGHT, Coefficients, Float32, Method, Parameter, Problem, Tile, scalar
+from mergepipe.store.errors import UsageError
+
+_CANCELLED: Final = 2.0**-20  # weights that sum to less of their magnitudes are 0.1 + 0.2 - 0.3 in float32: rounding
 
 
-def apply(
-    base: NDArray[np.float32],  # noqa: ARG001  # one signature for all methods
-    experts: NDArray[np.float32],
-    coefficients: Coefficients,
-    out: NDArray[np.float32],
-) -> None:
+def start(problem: Problem) -> Coefficients:
+    """``weights`` (K,) and ``divisor``, float32; raises UsageError for weights that sum to zero and are normalized."""
+    weights = problem.own("weight").astype(np.float32)
+    divisor = 1.0
+    if problem.flag("normalize"):
+        divisor = math.fsum(weights)
+        if abs(divisor) <= _CANCELLED * math.fsum(abs(weights)):
+            raise UsageError(
+                "the weights sum to zero and are to be normalized", hint="Change a weight, or set normalize=false."
+            )
+        if divisor > float(np.finfo(np.float32).max):
+            raise UsageError("the weights are too large together", hint="Results are computed in float32.")
+    return {"weights": weights, "divisor": scalar(divisor)}
+
+
+def apply(tile: Tile, coefficients: Coefficients, out: Float32) -> None:
     """``sum_k w_k * x_k``, over ``sum_k w_k`` where normalized."""
-    kernels.weighted_sum(experts, coefficients.weights, coefficients.divisor, out)
+    from mergepipe.merge import kernels
+
+    kernels.weighted_sum(tile.experts, coefficients["weights"], coefficients["divisor"][()], out)
+
+
+def reach(_: Problem, coefficients: Coefficients) -> NDArray[np.float64]:
+    """The result is linear in the weights, so in their deltas."""
+    return np.asarray(coefficients["weights"].astype(np.float64) / float(coefficients["divisor"]))
+
+
+def keeps(problem: Problem, _: Coefficients) -> bool:
+    """Where all inputs are equal, the result is theirs if the weights sum to one."""
+    return problem.flag("normalize") or math.fsum(problem.own("weight")) == 1.0
 
 
 LINEAR: Final = Method(
@@ -30,7 +55,11 @@ LINEAR: Final = Method(
     summary="weighted average of the experts' weights",
     source="Wortsman et al. 2022, arXiv 2203.05482",
     parameters=(WEIGHT, Parameter("normalize", True, "divide by the sum of the weights")),
-    takes="weights",
-    error="additive",
+    start=start,
     apply=apply,
+    takes="weights",
+    error="linear",
+    reach=reach,
+    keeps=keeps,
+    base="unused",
 )

@@ -10,18 +10,30 @@ from typing import Final
 import numpy as np
 from numpy.typing import NDArray
 
-from mergepipe.merge import kernels
-from mergepipe.merge.method import LAMBDA, WEIGHT, Coefficients, Method, Parameter
+from mergepipe.merge.method import LAMBDA, WEIGHT, Coefficients, Float32, Method, Parameter, Problem, Tile
+from mergepipe.merge.methods.task_vectors import mix_coefficients
+
+_NO_EFFECT: Final = "taken as mergekit takes it, with no effect: nothing is made sparse"
 
 
-def apply(
-    base: NDArray[np.float32],
-    experts: NDArray[np.float32],
-    coefficients: Coefficients,
-    out: NDArray[np.float32],
-) -> None:
+def start(problem: Problem) -> Coefficients:
+    """``weights`` (K,), ``scale`` and ``divisor``, float32."""
+    found = mix_coefficients(problem, consensus=False)
+    return {name: found[name] for name in ("weights", "scale", "divisor")}
+
+
+def apply(tile: Tile, coefficients: Coefficients, out: Float32) -> None:
     """``base + lambda * sum_k w_k * delta_k``, the sum over ``sum_k w_k`` where normalized."""
-    kernels.add_weighted(base, experts, coefficients.weights, coefficients.scale, coefficients.divisor, out)
+    from mergepipe.merge import kernels
+
+    scale, divisor = coefficients["scale"][()], coefficients["divisor"][()]
+    kernels.add_weighted(tile.base, tile.experts, coefficients["weights"], scale, divisor, out)
+
+
+def reach(_: Problem, coefficients: Coefficients) -> NDArray[np.float64]:
+    """The result is linear in the deltas."""
+    scale = float(coefficients["scale"]) / float(coefficients["divisor"])
+    return np.asarray(coefficients["weights"].astype(np.float64) * scale)
 
 
 TASK_ARITHMETIC: Final = Method(
@@ -29,8 +41,16 @@ TASK_ARITHMETIC: Final = Method(
     version=1,
     summary="base plus the weighted sum of the experts' deltas",
     source="Ilharco et al. 2023, arXiv 2212.04089",
-    parameters=(WEIGHT, LAMBDA, Parameter("normalize", False, "divide by the sum of the weights")),
-    takes="deltas",
-    error="additive",
+    parameters=(
+        WEIGHT,
+        Parameter("density", 1.0, _NO_EFFECT, minimum=0.0, maximum=1.0, above=True, per_expert=True),
+        LAMBDA,
+        Parameter("normalize", False, "divide by the sum of the weights"),
+        Parameter("rescale", False, _NO_EFFECT),
+    ),
+    start=start,
     apply=apply,
+    takes="deltas",
+    error="linear",
+    reach=reach,
 )

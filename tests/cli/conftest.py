@@ -122,3 +122,27 @@ def filled(filled_template: Path, here: Path) -> Path:
     """``here`` with a store in it: ``base``, and ``expert0`` and ``expert1`` on it, in blocks of 4 KiB."""
     shutil.copytree(filled_template, here / ".mp")
     return here
+
+
+@pytest.fixture(scope="session")
+def merged_template(filled_template: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from mergepipe.merge import Expert, execute, parse_budget, plan_merge
+    from mergepipe.store import Store
+
+    root = tmp_path_factory.mktemp("merged") / ".mp"
+    shutil.copytree(filled_template, root)
+    with Store.open(root) as store:
+        experts = [Expert("expert0", {"weight": 0.6}), Expert("expert1", {"weight": 0.4})]
+        budget = parse_budget("60%", None)
+        first = plan_merge(store, "base", experts, "ties", parameters={"density": 0.3}, budget=budget)
+        execute(store, first, "merged/v1", author="ada")
+        again = [Expert("merged/v1", {"weight": 0.5}), Expert("expert1", {"weight": 0.5})]
+        execute(store, plan_merge(store, "base", again, "task_arithmetic"), "merged/v2", message="again", author="ada")
+    return root
+
+
+@pytest.fixture
+def merged(merged_template: Path, here: Path) -> Path:
+    """As ``filled``; and ``merged/v1``, which read a part of both experts, and ``merged/v2``, of it and ``expert1``."""
+    shutil.copytree(merged_template, here / ".mp")
+    return here

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import re
 import time
 from pathlib import Path
 
+import pytest
+
+from mergepipe.cli.plan_head import ModelHead, PlanHead
+from mergepipe.cli.show_plan import default_message, origin_line
 from mergepipe.store import Store
 from mergepipe.store.commits import Commit, Parent
-from mergepipe.store.digest import Digest
+from mergepipe.store.digest import Digest, hash_bytes
 from mergepipe.store.publish import Changes, RefUpdate, publish
 
 
@@ -23,7 +28,7 @@ def add_commit(store: Store, ref: str, parents: list[Parent], minute: int, kind:
     return commit.id
 
 
-def merged(filled: Path) -> None:
+def with_merges(filled: Path) -> None:
     with Store.open(filled) as store:
         ids = {name: store.resolve(name) for name in ("base", "expert0", "expert1")}
         parents = [Parent(ids["base"], "base", "base")]
@@ -33,7 +38,7 @@ def merged(filled: Path) -> None:
 
 
 def test_the_graph_of_a_merge(call, filled: Path) -> None:
-    merged(filled)
+    with_merges(filled)
     lines = [line.split("  ") for line in call("log", "merged", "--graph").out.splitlines()]
     assert [line[0] or "  " + line[1] for line in lines] == [
         "*",
@@ -52,7 +57,7 @@ def test_the_graph_of_a_merge(call, filled: Path) -> None:
 
 
 def test_plain_log_names_the_parents(call, filled: Path) -> None:
-    merged(filled)
+    with_merges(filled)
     out = call("log", "merged").out
     assert "previous; base: base; experts: expert0, expert1" in out
     assert "first\n" in out
@@ -60,7 +65,7 @@ def test_plain_log_names_the_parents(call, filled: Path) -> None:
 
 
 def test_the_limit(call, filled: Path) -> None:
-    merged(filled)
+    with_merges(filled)
     assert len(call("log", "--json").json) == 5
     assert [entry["message"] for entry in call("log", "-n", "2", "--json").json] == ["merged at 2", "merged at 1"]
     assert len(call("log", "-n", "0", "--json").json) == 5
@@ -102,3 +107,63 @@ def test_a_commit_without_a_message(call, filled: Path) -> None:
     assert "no time" in call("log", "odd").out
     call("ls")
     call("show", "odd")
+
+
+@pytest.mark.usefixtures("merged")
+def test_the_graph_says_how_a_merge_was_made(call) -> None:
+    lines = call("log", "merged/v2", "--graph").out.splitlines()
+    second, first = (next(line for line in lines if method in line) for method in ("task_arithmetic of", "ties of"))
+    assert second.endswith("  task_arithmetic of merged/v1:0.5, expert1:0.5 on base")
+    found = re.search(
+        r"  ties of expert0:0.6, expert1:0.4 on base · (\S+)% of \S+ KiB read · bound [1-9]\.\de-\d$", first
+    )
+    assert found
+    assert 30 < float(found[1]) <= 60
+    heads = [line for line in lines if "*" in line.split("  ")[0]]
+    assert [line.split("  ")[-1] for line in heads[:2]] == ["again", "ada"], "a message that says the same is left out"
+
+
+@pytest.mark.usefixtures("merged")
+def test_the_json_of_merges(call) -> None:
+    second, first, *others = call("log", "--json").json
+    assert first["merge"]["method"] == "ties"
+    assert [expert["parameters"]["weight"] for expert in first["merge"]["experts"]] == [0.6, 0.4]
+    assert first["merge"]["experts"][0]["commit"] == first["parents"][1]["commit"]
+    assert 0 < first["measured"]["expert_bytes_read"] <= first["merge"]["budget_bytes"]
+    assert first["merge"]["bound"]["absolute"] > 0
+    assert first["merge"]["id"] == first["plan"]
+    assert (second["merge"]["budget_bytes"], second["merge"]["bound"]["update"]) == (None, None)
+    assert all(entry["merge"] is None for entry in others)
+
+
+def head(**changes: object) -> PlanHead:
+    """A plan's head, with weights or without."""
+    model = ModelHead(hash_bytes(b"m"), "base", "model", None, {}, {})
+    fields: dict[str, object] = {
+        "id": hash_bytes(b"p"), "method": "slerp", "method_version": 1, "parameters": {"t": 0.5},
+        "values": {"t": (0.25, 0.5)}, "base": model, "based": False, "settings": 1, "dtype": None,
+        "experts": tuple(ModelHead(hash_bytes(b"e"), name, "model", None, {}, {}) for name in ("a", "b\nc")),
+        "budget_bytes": None, "costs": {"expert_bytes": 1, "expert_bytes_full": 3 << 30},
+        "bound": {"absolute": 0.0, "relative": 0.0, "estimate": 0.0, "update": None},
+    }  # fmt: skip
+    return PlanHead(**{**fields, **changes})  # type: ignore[arg-type]
+
+
+class TestTheLineOfAMerge:
+    def test_without_weights_the_method_has_its_parameters(self) -> None:
+        assert origin_line(head()) == "slerp (t 0.25..0.5) of a, b c"
+        assert default_message(head()) == "slerp of a and b\nc"
+
+    def test_a_weight_that_differs_from_tensor_to_tensor(self) -> None:
+        expert = ModelHead(hash_bytes(b"e"), "math", "model", None, {"weight": 0.5}, {"weight": (0.25, 0.5, 1.0)})
+        assert origin_line(head(experts=(expert,), based=True)) == "slerp of math:0.25..1 on base"
+        assert default_message(head(experts=(expert,))) == "slerp of math:0.5"
+
+    def test_budgets(self) -> None:
+        assert origin_line(head(budget_bytes=9)).endswith(" · 3.1e-08% of 3.0 GiB read · equal to the full merge")
+        bound = {"absolute": 1.0, "relative": 0.0031, "estimate": 0.5, "update": 300.0}
+        costs = {"expert_bytes": 322122547, "expert_bytes_full": 3 << 30}
+        assert origin_line(head(bound=bound, costs=costs)).endswith(" · 10% of 3.0 GiB read · bound 3.1e-3")
+        assert origin_line(head(budget_bytes=0, costs={"expert_bytes": 0, "expert_bytes_full": 0})).endswith(
+            "b c · equal to the full merge"
+        )

@@ -512,7 +512,7 @@ def test_commits_parents_and_children(reader: Reader) -> None:
     merged = bytes.fromhex(json.loads(reader.rows["refs"][b"merged/v1"])["commit"])
     for parent in commit["parents"]:
         assert reader.rows["children"][bytes.fromhex(parent["commit"]) + merged] == parent["role"].encode()
-    assert reader.record(PLAN, commit["plan"])["format"] == 1
+    assert reader.record(PLAN, commit["plan"])["format"] == 2
 
 
 def test_the_plan_file_and_the_plan_object_are_one_value(

@@ -16,6 +16,7 @@ from mergepipe.merge.facts import norm_bound
 from mergepipe.store import Digest, Store
 from mergepipe.store.codecs import Bytes
 from mergepipe.store.dtypes import DTYPES
+from mergepipe.store.errors import UsageError
 from mergepipe.store.frame import Encoding
 from mergepipe.store.statistics import DeltaStatistics, block_statistics
 from support.family import Weights, base_weights, fine_tune
@@ -37,7 +38,7 @@ def stored(store: Store, digest: Digest) -> int:
 def test_experts_with_one_block_are_one_group_and_the_bases_own_are_none(store: Store, tmp_path: Path) -> None:
     experts = {"a": vector(0, 2, 3), "b": vector(0, 2, 4), "c": vector(0, 5, 0)}
     ingest_family(store, tmp_path, vector(0, 0, 0), experts)
-    (facts,) = facts_of_refs(store, "linear", ["a", "b", "c"])
+    (facts,) = facts_of_refs(store, "linear", ["a", "b", "c"]).tensors
     assert [(place.index, [group.experts for group in place.groups]) for place in facts.places] == [
         (1, [(0, 1), (2,)]),
         (2, [(0,), (1,)]),
@@ -54,12 +55,52 @@ def test_experts_with_one_block_are_one_group_and_the_bases_own_are_none(store: 
 
 def test_histograms_are_for_methods_that_trim(store: Store, tmp_path: Path) -> None:
     ingest_family(store, tmp_path, vector(0, 0, 0), {"a": vector(0, 2, 3), "same": vector(0, 0, 0)})
-    (facts,) = facts_of_refs(store, "linear", ["a", "same"])
-    assert facts.histograms == (None, None)
-    (facts,) = facts_of_refs(store, "ties", ["a", "same"])
-    assert facts.histograms[1] is None
-    assert facts.histograms[0] is not None
-    assert int(facts.histograms[0].sum()) == ROWS
+    (facts,) = facts_of_refs(store, "linear", ["a", "same"]).tensors
+    assert facts.problem.histograms == (None, None)
+    for bounded in (True, False):
+        (facts,) = facts_of_refs(store, "ties", ["a", "same"], bounded=bounded).tensors
+        assert len(facts.problem.histograms) == 2
+        assert facts.problem.histograms[1] is None
+        assert facts.problem.histograms[0] is not None
+        assert int(facts.problem.histograms[0].sum()) == ROWS
+
+
+def test_norms_and_sketches_are_for_budgets(store: Store, tmp_path: Path) -> None:
+    ingest_family(store, tmp_path, vector(0, 0, 0), {"a": vector(0, 2, 3), "b": vector(1, 0, 0)})
+    for bounded in (True, False):
+        facts = facts_of_refs(store, "linear", ["a", "b"], bounded=bounded)
+        assert facts.bounded == bounded
+        groups = [group for place in facts.tensors[0].places for group in place.groups]
+        assert len(groups) == 3
+        assert all(math.isnan(group.norm) != bounded for group in groups)
+        assert all((group.sketch is None) != bounded for group in groups)
+        assert all(group.stored_bytes == stored(store, group.block) for group in groups)
+
+
+def test_coefficients_are_settled_for_budgets(store: Store, tmp_path: Path) -> None:
+    """The angle is known once its tensors were read; of a tensor without a difference nobody asks."""
+    base = {**vector(1, 2, 3), "same": np.ones(10, np.float32)}
+    ingest_family(store, tmp_path, base, {"a": {**base, **vector(3, 2, 1)}})
+    loose = {facts.name: facts for facts in facts_of_refs(store, "slerp", ["a"], bounded=False).tensors}
+    assert not loose["w"].settled
+    assert loose["w"].passes == 1
+    assert set(loose["w"].coefficients) == {"t"}
+    final = {facts.name: facts for facts in facts_of_refs(store, "slerp", ["a"]).tensors}
+    assert final["w"].settled
+    assert {"factors", "base_factor"} <= set(final["w"].coefficients)
+    assert not final["same"].settled
+
+
+def test_rows_that_are_longer_than_a_block_are_for_methods_that_need_no_rows(store: Store, tmp_path: Path) -> None:
+    """Half a row is none: no tile would be whole rows. A row that nobody changes is in nobody's way."""
+    experts = {"a": vector(0, 2, 3), "b": vector(0, 2, 4), "same": vector(0, 0, 0), "too": vector(0, 0, 0)}
+    ingest_family(store, tmp_path, vector(0, 0, 0), experts)
+    for method in ("della", "model_stock", "nuslerp"):
+        with pytest.raises(UsageError, match=f"{method} needs whole rows, and those of 'w' are longer than a block"):
+            make_plan(store, method, {"a": 0.5, "b": 0.5})
+        assert not make_plan(store, method, {"same": 0.5, "too": 0.5}).tensors
+    with pytest.raises(UsageError, match="needs whole rows"):
+        make_plan(store, "arcee_fusion", {"a": 1.0})
 
 
 def test_integers_have_no_places(store: Store, tmp_path: Path) -> None:
@@ -67,7 +108,7 @@ def test_integers_have_no_places(store: Store, tmp_path: Path) -> None:
     ingest_family(
         store, tmp_path, base, {"a": {"ids": np.arange(4) + 1, "mask": np.array([False]), "w": base["w"] * 2}}
     )
-    places = {facts.name: facts.places for facts in facts_of_refs(store, "ties", ["a"])}
+    places = {facts.name: facts.places for facts in facts_of_refs(store, "ties", ["a"]).tensors}
     assert places["ids"] == places["mask"] == ()
     assert len(places["w"]) == 1
 
@@ -79,9 +120,8 @@ def test_a_delta_to_another_block_costs_that_one_too(store: Store, tmp_path: Pat
     ingest_model(store, tmp_path, "base", base)
     ingest_model(store, tmp_path, "other", other)
     ingest_model(store, tmp_path, "math", fine_tune(other, 6), base="other")
-    make_plan(store, "linear", {"math": 1.0})  # makes the statistics
     found = 0
-    for facts in facts_of_refs(store, "linear", ["math"]):
+    for facts in facts_of_refs(store, "linear", ["math"]).tensors:
         for place in facts.places:
             (group,) = place.groups
             with store.catalog.reading() as view:
@@ -100,9 +140,8 @@ def test_a_fine_tune_as_the_base_costs_what_it_is_a_delta_to(store: Store, tmp_p
     """And an expert that is a delta to the same block costs itself alone: that block is at hand."""
     base = base_weights()
     ingest_family(store, tmp_path, base, {"math": fine_tune(base, 1), "code": fine_tune(base, 2)})
-    make_plan(store, "linear", {"code": 1.0}, base="math")
     deltas = 0
-    for facts in facts_of_refs(store, "linear", ["code"], base="math"):
+    for facts in facts_of_refs(store, "linear", ["code"], base="math").tensors:
         for place in facts.places:
             with store.catalog.reading() as view:
                 row, expert = (
@@ -154,5 +193,6 @@ def test_facts_of_two_stores_are_the_same(make_store: Callable[..., Store], tmp_
     for number in range(2):
         store = make_store()
         ingest_family(store, tmp_path / str(number), base, {"math": fine_tune(base, 1)})
-        found.append([(f.name, f.entry, f.places, f.base_bytes) for f in facts_of_refs(store, "linear", ["math"])])
+        facts = facts_of_refs(store, "linear", ["math"], bounded=False).tensors
+        found.append([(f.name, f.entry, [repr(place) for place in f.places], f.base_bytes) for f in facts])
     assert found[0] == found[1]

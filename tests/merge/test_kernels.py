@@ -79,51 +79,28 @@ def test_subtract_works_in_place() -> None:
     np.testing.assert_array_equal(values, expected)
 
 
-def test_keep_largest_keeps_what_is_equal_to_the_threshold() -> None:
-    limit = np.float32(0.5)
-    row = np.array([0.5, -0.5, 0.49999997, -0.49999997, 0, -0.0, 3, -np.inf, 1e-45], np.float32)
-    deltas = np.stack([row, row, row])
-    thresholds = np.array([0, limit.view(np.uint32), 0x7F800000], np.uint32)
-    kernels.keep_largest(deltas, thresholds)
-    np.testing.assert_array_equal(deltas[0], row)
-    np.testing.assert_array_equal(deltas[1], [0.5, -0.5, 0, 0, 0, 0, 3, -np.inf, 0])
-    np.testing.assert_array_equal(deltas[2], [0, 0, 0, 0, 0, 0, 0, -np.inf, 0])
+def test_a_scaled_copy() -> None:
+    source = rows(1, 100)[0]
+    out = np.empty_like(source)
+    kernels.scaled(source, np.float32(-0.3), out)
+    np.testing.assert_array_equal(out, source * np.float32(-0.3))
 
 
-def elected(base: Floats, deltas: Floats, weights: Floats, scale: float, normalize: bool) -> Floats:
-    """TIES one element at a time."""
+def test_swapping_near_stays_between_the_two() -> None:
+    base, expert = rows(2, 5000)
+    expert[:100] = base[:100]
+    for reach in (-1.0, 0.0, 1e-7, 0.3, 10.0):
+        out = np.empty_like(base)
+        kernels.swap_near(base, expert, np.float32(reach), out)
+        assert bool((out >= np.minimum(base, expert)).all() and (out <= np.maximum(base, expert)).all())
+        np.testing.assert_array_equal(out[:100], base[:100])
+    np.testing.assert_array_equal(out, expert)
+    kernels.swap_near(base, expert, np.float32(0), out)
+    np.testing.assert_array_equal(out, base)
+
+
+def test_swapping_near_passes_nans_on() -> None:
+    base, expert = np.array([1, np.nan, np.inf], np.float32), np.array([np.nan, 1, 1], np.float32)
     out = np.empty_like(base)
-    for i in range(base.size):
-        values = [np.float32(weight * delta) for weight, delta in zip(weights, deltas[:, i], strict=True)]
-        total = np.float32(0)
-        for value in values:
-            total = np.float32(total + value)
-        positive = bool(total >= 0)
-        mixed = divisor = np.float32(0)
-        for value, weight in zip(values, weights, strict=True):
-            if value > 0 if positive else value < 0:
-                mixed, divisor = np.float32(mixed + value), np.float32(divisor + weight)
-        if normalize and divisor != 0:
-            mixed = np.float32(mixed / divisor)
-        out[i] = np.float32(base[i] + np.float32(np.float32(scale) * mixed))
-    return out
-
-
-@pytest.mark.parametrize("normalize", [True, False])
-@pytest.mark.parametrize("size", [1, 2047, 2050])
-def test_elect_and_merge(size: int, normalize: bool) -> None:
-    base, deltas = rows(1, size, 3)[0], rows(3, size, 4)
-    deltas[np.random.default_rng(5).random(deltas.shape) < 0.4] = 0
-    deltas[1, ::3] = -deltas[0, ::3]  # sums of exactly zero, where the third is zero
-    weights = np.array([1.0, 1.0, 0.5], np.float32)
-    out = np.empty_like(base)
-    kernels.elect_and_merge(base, deltas.copy(), weights, np.float32(1.3), normalize, out)
-    np.testing.assert_array_equal(out, elected(base, deltas, weights, 1.3, normalize))
-
-
-def test_elect_and_merge_with_weights_of_both_signs() -> None:
-    base, deltas = rows(1, 300, 6)[0], rows(3, 300, 7)
-    weights = np.array([1.0, -0.25, 0.5], np.float32)
-    out = np.empty_like(base)
-    kernels.elect_and_merge(base, deltas.copy(), weights, np.float32(-1), False, out)
-    np.testing.assert_array_equal(out, elected(base, deltas, weights, -1, False))
+    kernels.swap_near(base, expert, np.float32(0.5), out)
+    np.testing.assert_array_equal(out, [np.nan, np.nan, np.inf])

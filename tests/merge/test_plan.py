@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,28 +13,48 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mergepipe.merge.budget import Budget
-from mergepipe.merge.plan import MAXIMUM_PLAN_BYTES, MAXIMUM_READS, decode_plan, format_ranges, parse_ranges, read_plan
+from mergepipe.merge.job import Setting
+from mergepipe.merge.plan import PLAN_FORMAT
+from mergepipe.merge.plan_file import MAXIMUM_PLAN_BYTES, MAXIMUM_VARIANTS, decode_plan, read_plan
+from mergepipe.merge.ranges import MAXIMUM_READS, format_ranges, parse_ranges
 from mergepipe.store.digest import hash_record
 from mergepipe.store.errors import BadInputError, MergePipeError, NotFoundError
-from support.facts import Problem, input_named, plan_of, problems, tensor_facts
+from support.facts import Outline, Problem, input_named, made_up, plan_of, problems, question_of
 from support.hostile import mutated_json, with_change, without
 
 PLAN = plan_of(
     [
-        tensor_facts("layers.0.weight", {0: [([0], 3.0, 100)], 1: [([0, 1], 1.0, 100)], 2: [([1], 2.0, 100)]}),
-        tensor_facts("layers.1.weight", {3: [([1], 4.0, 200)]}),
+        Outline("layers.0.weight", {0: [([0], 3.0, 100)], 1: [([0, 1], 1.0, 100)], 2: [([1], 2.0, 100)]}),
+        Outline("layers.1.weight", {3: [([1], 4.0, 200)]}),
     ],
     (
         "ties",
         [input_named("math", weight=0.6, density=0.3), input_named("code", weight=0.4, density=1.0)],
-        {"lambda": 1.0, "normalize": True},
+        {"lambda": 1.0, "normalize": True, "rescale": False, "exact": False},
     ),
     Budget(size_bytes=350),
     "BF16",
 )
+COMPLETE = replace(
+    PLAN,
+    experts=(
+        replace(PLAN.experts[0], kind="adapter", onto=made_up("other")),
+        replace(PLAN.experts[1], kind="task_vector"),
+    ),
+    variants=(Setting(1, False, (2,), PLAN.parameters, (PLAN.experts[1].parameters,)),),
+    complete=True,
+    files=2,
+    tensors={
+        **PLAN.tensors,
+        "embed": replace(PLAN.tensors["layers.0.weight"], setting=1, sources=("a", "b"), reads=((0, 2, 3),)),
+    },
+    config={"torch_dtype": "bfloat16", "num_hidden_layers": 3},
+)
+"""With all that a plan can have: other kinds of experts, variants, sources, changes of the configuration."""
 JSON: dict[str, Any] = PLAN.as_json()
 FIRST = ("tensors", "layers.0.weight")
 TENSOR: dict[str, Any] = JSON["tensors"]["layers.0.weight"]
+FULL: dict[str, Any] = COMPLETE.as_json()
 
 
 def encoded(value: Any) -> bytes:
@@ -42,13 +63,28 @@ def encoded(value: Any) -> bytes:
 
 @given(problems(), st.integers(0, 2000))
 def test_a_plan_survives_its_file(problem: Problem, size: int) -> None:
-    facts, question, dtype = problem
+    tensors, question, dtype = problem
     for budget in (Budget(), Budget(size_bytes=size), Budget(relative_error=0.3)):
-        plan = plan_of(facts, question, budget, dtype)
+        plan = plan_of(tensors, question, budget, dtype)
         again = decode_plan(plan.encode(), "plan")
         assert again == plan
         assert again.encode() == plan.encode()
         assert again.id == plan.id == hash_record("plan", plan.encode())
+
+
+def test_all_that_a_plan_can_have_survives() -> None:
+    again = decode_plan(COMPLETE.encode(), "plan")
+    assert again == COMPLETE
+    assert again.settings[0] == Setting(0, True, (1, 2), PLAN.parameters, tuple(e.parameters for e in PLAN.experts))
+    assert again.settings[1] is again.variants[0]
+    assert again.models == (COMPLETE.base, *COMPLETE.experts)
+    assert len({PLAN.id, COMPLETE.id, replace(COMPLETE, based=False).id, replace(COMPLETE, files=0).id}) == 4
+
+
+def test_a_plan_that_reads_everything_says_nothing_of_its_update() -> None:
+    plan = plan_of([Outline("w", {0: [([0], 3.0, 100)]})], question_of("linear", (1.0,)), Budget())
+    assert plan.as_json()["bound"] == {"absolute": 0.0, "relative": 0.0, "estimate": 0.0, "update": None}
+    assert decode_plan(plan.encode(), "plan") == plan
 
 
 def test_the_file_is_for_people_and_the_id_is_not_of_its_spaces(tmp_path: Path) -> None:
@@ -125,7 +161,7 @@ FIELDS = [
     *((name,) for name in JSON),
     ("base", "commit"), ("base", "name"), ("base", "parameters"),
     ("experts", 0, "commit"), ("experts", 1, "name"), ("experts", 1, "parameters"),
-    (*FIRST, "reads"), (*FIRST, "thresholds"), (*FIRST, "kept"), (*FIRST, "bound"),
+    *(("experts", 0, name) for name in ("kind", "onto")), *((*FIRST, name) for name in TENSOR),
     *(("costs", name) for name in JSON["costs"]), *(("bound", name) for name in JSON["bound"]),
 ]  # fmt: skip
 
@@ -136,15 +172,52 @@ def test_a_missing_field_is_named(path: tuple[str | int, ...]) -> None:
         decode_plan(encoded(without(JSON, path)), "p.json")
 
 
-@pytest.mark.parametrize("path", [(), ("base",), ("experts", 1), FIRST, ("costs",), ("bound",)], ids=str)
+VARIANT = ("variants", 0)
+
+
+@pytest.mark.parametrize("name", FULL["variants"][0])
+def test_a_missing_field_of_a_variant_is_named(name: str) -> None:
+    with pytest.raises(BadInputError, match=rf"p\.json: variants\[0\]: field '{name}' is missing"):
+        decode_plan(encoded(without(FULL, (*VARIANT, name))), "p.json")
+
+
+@pytest.mark.parametrize("path", [(), ("base",), ("experts", 1), FIRST, ("costs",), ("bound",), VARIANT], ids=str)
 def test_an_unknown_field_is_named(path: tuple[str | int, ...]) -> None:
     with pytest.raises(BadInputError, match="field 'zz_run' is unknown"):
-        decode_plan(encoded(with_change(JSON, (*path, "zz_run"), "rm -rf /")), "p.json")
+        decode_plan(encoded(with_change(FULL, (*path, "zz_run"), "rm -rf /")), "p.json")
 
 
-TEXTS = [("base", "commit"), ("base", "name"), ("experts", 0, "commit"), ("method",), (*FIRST, "reads", 0)]
-WHOLES = [("format",), ("method_version",), (*FIRST, "thresholds", 1), *(("costs", name) for name in JSON["costs"])]
-NUMBERS = [(*FIRST, "bound"), *(("bound", name) for name in JSON["bound"]), ("experts", 0, "parameters", "weight")]
+PINNED = (*FIRST, "pinned")
+EMBED = ("tensors", "embed")
+TEXTS = [
+    ("base", "commit"),
+    ("base", "name"),
+    ("base", "kind"),
+    ("experts", 0, "commit"),
+    ("method",),
+    (*FIRST, "reads", 0),
+    (*EMBED, "sources", 1),
+    ("config", "torch_dtype"),
+]
+WHOLES = [
+    ("format",),
+    ("method_version",),
+    ("files",),
+    (*FIRST, "setting"),
+    (*VARIANT, "reference"),
+    (*VARIANT, "experts", 0),
+    ("config", "num_hidden_layers"),
+    *(("costs", name) for name in JSON["costs"]),
+]
+NUMBERS = [
+    (*FIRST, "bound"),
+    *(("bound", name) for name in JSON["bound"] if name != "update"),
+    (*PINNED, "thresholds", 0),
+    ("experts", 0, "parameters", "weight"),
+    (*VARIANT, "own", 0, "weight"),
+]
+SIGNED = NUMBERS[-3:]
+FLAGS = [("based",), ("complete",), (*VARIANT, "based")]
 OBJECTS = [
     (),
     ("base",),
@@ -153,25 +226,49 @@ OBJECTS = [
     ("parameters",),
     ("tensors",),
     FIRST,
+    PINNED,
+    VARIANT,
+    (*VARIANT, "parameters"),
+    (*VARIANT, "own", 0),
+    ("config",),
     ("costs",),
     ("bound",),
 ]
-LISTS = [("experts",), (*FIRST, "reads"), (*FIRST, "thresholds"), (*FIRST, "kept")]
+LISTS = [
+    ("experts",),
+    ("variants",),
+    (*VARIANT, "experts"),
+    (*VARIANT, "own"),
+    (*FIRST, "reads"),
+    (*PINNED, "kept"),
+]
 WRONG: list[tuple[Any, Any]] = [
     *((path, value) for path in TEXTS for value in (None, 1, ["a"], {}, True)),
     *((path, value) for path in WHOLES for value in (None, "1", 1.0, -1, True, [], 2**63, 10**400)),
     *((path, value) for path in NUMBERS for value in (None, "1", [], {}, 10**400)),
-    *((path, value) for path in NUMBERS[:-1] for value in (-1.0, True)),
+    *((path, value) for path in NUMBERS if path not in SIGNED for value in (-1.0, True)),
+    *((path, value) for path in FLAGS for value in (None, 0, 1, "true", [])),
+    *((("bound", "update"), value) for value in ("1", [], -1.0, True)),
+    *((("experts", 0, "kind"), value) for value in ("", "lora", "Model")),
+    *((("experts", 0, "onto"), value) for value in ("", "ab", "base", 1)),
+    (("experts", 1, "onto"), "12" * 32),
+    (("base", "onto"), "12" * 32),
+    *((("files",), value) for value in (3, 4)),
+    *(((*VARIANT, "reference"), value) for value in (3, 4)),
+    *(((*VARIANT, "experts"), value) for value in ([3], [1, 2], [], ["1"])),
+    *(((*VARIANT, "own"), value) for value in ([], [{}, {}], [1])),
+    *(((*EMBED, "sources"), value) for value in ([], ["a"], ["a", "b", "c"], "ab", [1, 2])),
+    *(((*EMBED, "setting"), value) for value in (0, 2)),
+    (("config", "vocab_size"), 5),
+    (("variants",), [FULL["variants"][0]] * (MAXIMUM_VARIANTS + 1)),
     *((path, value) for path in OBJECTS for value in (None, 1, "a", [], [["a", 1]])),
     *((path, value) for path in LISTS for value in (None, 1, "a", {})),
     *((("dtype",), value) for value in (1, [], True)),
     *((("budget_bytes",), value) for value in (-1, "1", 1.0, True, [], 2**63)),
-    *(((*FIRST, "kept", 0), value) for value in (-2, 1.0, None, 2**63)),
+    *(((*PINNED, "kept", 0), value) for value in (None, "1", True, [1])),
     *(((*FIRST, "reads"), value) for value in ([], ["0"], ["0", "1", "2"], [0, 1], [["0"], "1"])),
-    *(((*FIRST, "thresholds"), value) for value in ([], [0], [0, 0, 0], [0, 0x7F800001], [0, 1 << 32])),
-    *(((*FIRST, "kept"), value) for value in ([], [-1], [-1, -1, -1])),
     *((("base", "commit"), value) for value in ("", "ab", "Z" * 64, "A" * 64, "0" * 63, "0" * 65, "0" * 64 + "\n")),
-    *((("format",), value) for value in (0, 2)),
+    *((("format",), value) for value in (0, 1, PLAN_FORMAT + 1)),
     (("experts",), []),
 ]  # fmt: skip
 
@@ -179,7 +276,7 @@ WRONG: list[tuple[Any, Any]] = [
 @pytest.mark.parametrize(("path", "value"), WRONG, ids=lambda part: str(part)[:40])
 def test_a_wrong_value_is_refused(path: tuple[str | int, ...], value: Any) -> None:
     with pytest.raises(BadInputError, match=r"p\.json: "):
-        decode_plan(encoded(with_change(JSON, path, value)), "p.json")
+        decode_plan(encoded(with_change(FULL, path, value)), "p.json")
 
 
 @pytest.mark.parametrize(
@@ -237,7 +334,7 @@ def test_a_file_that_is_not_there_or_no_file(tmp_path: Path) -> None:
 
 
 @settings(max_examples=max(500, settings().max_examples))
-@given(mutated_json(JSON))
+@given(st.one_of(mutated_json(JSON), mutated_json(FULL)))
 def test_a_changed_file_is_a_plan_or_refused(data: bytes) -> None:
     """No other error, and what is a plan has one canonical form that means the same."""
     try:

@@ -19,12 +19,12 @@ from mergepipe.store import Store
 from mergepipe.store.errors import BadInputError, BudgetError, MergePipeError, NotFoundError
 from support.family import base_weights, fine_tune
 from support.hostile import at, mutated_json, with_change, without
-from support.merges import METHODS, ingest_family, ingest_model, make_plan
+from support.merges import FAMILIES, ingest_family, ingest_model, make_plan
 from support.stores import state_of, writers_left
 
 WEIGHTS = {"math": {"weight": 0.75}, "code": {"weight": 0.5}}
 UP = "model.layers.1.mlp.up_proj.weight"
-NOTHING = {"reads": ["", ""], "thresholds": [0, 0], "kept": [-1, -1], "bound": 0.0}
+NOTHING = {"setting": 0, "sources": None, "reads": ["", ""], "pinned": {}, "bound": 0.0}
 Refused = Callable[..., MergePipeError]
 
 
@@ -64,18 +64,17 @@ def additive(shared_family: Store) -> Plan:
     return make_plan(shared_family, "task_arithmetic", WEIGHTS, budget="40%")
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", FAMILIES)
 @pytest.mark.parametrize("budget", [None, "0", "40%", "100%"])
 @pytest.mark.parametrize("dtype", [None, "F32"])
 def test_what_the_planner_made_holds(shared_family: Store, method: str, budget: str | None, dtype: str | None) -> None:
-    plan = make_plan(shared_family, method, WEIGHTS, budget=budget, dtype=dtype)
+    plan = make_plan(shared_family, method, {"math": 0.75, "code": 0.5}, budget=budget, dtype=dtype)
     checked = check_plan(shared_family, decode_plan(plan.encode(), "plan"))
     assert checked.plan == plan
-    assert checked.base.commit_id == shared_family.resolve("base")
-    assert [expert.commit_id for expert in checked.experts] == [
-        shared_family.resolve("math"),
-        shared_family.resolve("code"),
+    assert [model.snapshot.commit_id for model in checked.models] == [
+        shared_family.resolve(name) for name in ("base", "math", "code")
     ]
+    assert checked.facts.bounded == (budget in ("0", "40%"))
 
 
 @pytest.mark.parametrize(
@@ -87,14 +86,26 @@ def test_what_the_planner_made_holds(shared_family: Store, method: str, budget: 
         (("bound", "absolute"), 1e9, "bound absolute"),
         (("bound", "relative"), 0.0, "bound relative"),
         (("bound", "update"), 1e9, "bound update"),
+        (("bound", "update"), None, "says that it reads everything, and does not"),
+        (("bound", "estimate"), 0.0, "bound estimate"),
         (("tensors", UP, "bound"), 0.0, "bound is 0.0"),
-        (("tensors", UP, "thresholds", 0), 0, "thresholds"),
-        (("tensors", UP, "thresholds", 1), 0x3F800000, "thresholds"),
-        (("tensors", UP, "kept", 0), -1, "kept"),
+        (("tensors", UP, "pinned", "thresholds", 0), 0, "thresholds"),
+        (("tensors", UP, "pinned", "thresholds", 1), 0x3F800000, "thresholds"),
+        (("tensors", UP, "pinned", "kept", 0), -1, "kept"),
+        (("tensors", UP, "pinned"), {}, "'kept'"),
+        (("tensors", UP, "pinned", "speed"), [1], "speed"),
+        (("tensors", UP, "sources"), ["lm_head.weight"] * 3, "sources"),
+        (("tensors", UP, "sources"), [UP] * 3, "sources"),
         (("method",), "tie", "no method 'tie'"),
-        (("method",), "linear", "linear has no parameter"),
-        (("method_version",), 2, "version 2 of ties, this is 1"),
+        (("method",), "breadcrumbs", "is for version 2 of breadcrumbs"),
+        (("method",), "linear", "is for version 2 of linear"),
+        (("method_version",), 99, "version 99 of ties, this is "),
         (("method_version",), 0, "version 0"),
+        (("based",), False, "ties needs a base model"),
+        (("complete",), True, "follows as|does not speak"),
+        (("variants",), [{"reference": 0, "based": True, "experts": [], "parameters": {}, "own": []}], "variants"),
+        (("base", "kind"), "adapter", "no whole model"),
+        (("parameters", "rescale"), 0, "exactly the method's parameters"),
         (("parameters",), {}, "exactly the method's parameters"),
         (("parameters", "lambda"), 2.0, "follows as"),
         (("parameters", "lambda"), True, "must be a number"),
@@ -109,12 +120,14 @@ def test_what_the_planner_made_holds(shared_family: Store, method: str, budget: 
         (("experts", 0, "parameters", "lambda"), 1.0, "exactly the method's parameters"),
         (("experts", 0, "parameters", "density"), 0.5, "follows as"),
         (("experts", 0, "parameters", "density"), 1.5, "density"),
-        (("experts", 0, "parameters", "density"), 0, "density"),
+        (("experts", 0, "parameters", "density"), -0.5, "density"),
         (("base", "parameters"), {"weight": 1.0}, "gives the base parameters"),
         (("dtype",), "F33", "is not one to merge to"),
         (("dtype",), "bf16", "is not one to merge to"),
         (("dtype",), "I32", "is not one to merge to"),
-        (("dtype",), "F32", "follows as"),
+        (("dtype",), "F32", "config is not what follows from its dtype"),
+        (("config",), {"torch_dtype": "float32"}, "config is not what follows from its dtype"),
+        (("config",), {"num_hidden_layers": 3}, "another number of layers than its tensors"),
         (("tensors", "no.such.tensor"), NOTHING, "the plan speaks of 'no.such.tensor'"),
         (("tensors", "lm_head.weight"), NOTHING, "the plan speaks of 'lm_head.weight', where there is nothing to do"),
         (("tensors",), {}, "follows as"),
@@ -146,7 +159,7 @@ def test_edited_reads_are_refused(partial: Plan, additive: Plan, refused: Refuse
 def test_more_reads_are_refused(shared_family: Store, partial: Plan, additive: Plan, refused: Refused) -> None:
     """What goes over the budget is called that; where there is room, the costs are not what they are said to be."""
     everything = (
-        make_plan(shared_family, "ties", WEIGHTS, density=0.3),
+        make_plan(shared_family, "ties", WEIGHTS, density=0.3, exact=False),
         make_plan(shared_family, "task_arithmetic", WEIGHTS),
     )
     for plan, full in zip((partial, additive), everything, strict=True):
@@ -163,6 +176,17 @@ def test_bytes_are_counted_anew_for_this_store(shared_family: Store, partial: Pl
     assert claimed.id != partial.id
     assert check_plan(shared_family, claimed).plan == partial
     assert execute(shared_family, claimed, "claimed", use_cache=False).plan == partial.id
+
+
+def test_a_plan_of_everything_leaves_nothing_out(shared_family: Store, refused: Refused) -> None:
+    """It has no certificate, so whatever it leaves out is nowhere bounded."""
+    for method in ("ties", "task_arithmetic", "model_stock"):
+        plan = make_plan(shared_family, method, {"math": 0.75, "code": 0.5})
+        for reads in (["", ""], ["0", "0"], ["0-3", ""]):
+            refused(edited(plan, ("tensors", UP, "reads"), reads), match=f"does not in '{UP}'")
+        refused(decode_plan(json.dumps(without(plan.as_json(), ("tensors", UP))).encode(), "edited"))
+        refused(edited(plan, ("bound", "absolute"), 1.0), match="bound absolute")
+        refused(replace(plan, budget_bytes=plan.costs.expert_bytes - 1), BudgetError, "more than its budget")
 
 
 def test_a_part_of_what_belongs_together_is_refused(partial: Plan, refused: Refused) -> None:
@@ -190,9 +214,11 @@ def test_a_budget_below_its_reads_is_refused(partial: Plan, additive: Plan, refu
 
 def test_commits_that_are_not_here_are_named(partial: Plan, refused: Refused) -> None:
     nobody = "12" * 32
-    error = refused(edited(partial, ("base", "commit"), nobody), NotFoundError, "base is commit 121212121212")
+    error = refused(
+        edited(partial, ("base", "commit"), nobody), NotFoundError, "'base' of the plan is commit 121212121212"
+    )
     assert "Ingest it here" in str(error.hint)
-    refused(edited(partial, ("experts", 1, "commit"), nobody), NotFoundError, "expert 'code'")
+    refused(edited(partial, ("experts", 1, "commit"), nobody), NotFoundError, "'code' of the plan is commit")
 
 
 def test_ids_of_other_things_are_no_commits(shared_family: Store, partial: Plan, refused: Refused) -> None:
@@ -216,6 +242,16 @@ def test_somebody_elses_commits_are_refused(
     for name in ("other", "math", "small"):
         refused(edited(partial, ("base", "commit"), shared_family.resolve(name).hex()), measured=True)
     refused(replace(partial, experts=tuple(reversed(partial.experts))))
+
+
+def test_an_expert_of_another_kind_is_refused(partial: Plan, refused: Refused) -> None:
+    """Whole weights taken for deltas, and a model taken for an adapter."""
+    refused(edited(partial, ("experts", 0, "kind"), "task_vector"), measured=True)
+    refused(edited(partial, ("experts", 0, "kind"), "adapter"), match="adapter_config.json")
+
+
+def test_parameters_of_another_method_are_refused(additive: Plan, refused: Refused) -> None:
+    refused(replace(additive, method="linear"), match="linear has no parameter")
 
 
 def test_a_weight_that_moves_the_bound_is_refused(partial: Plan, additive: Plan, refused: Refused) -> None:
@@ -256,7 +292,8 @@ def test_what_has_no_bound_cannot_be_left_out(store: Store, tmp_path: Path) -> N
     base = {"w": np.zeros(3000, np.float32)}
     tuned = {"w": np.where(np.arange(3000) == 2000, np.nan, 1).astype(np.float32)}
     ingest_family(store, tmp_path, base, {"tuned": tuned})
-    plan = make_plan(store, "linear", {"tuned": 1.0})
+    plan = make_plan(store, "linear", {"tuned": 1.0}, max_error=0.0)
+    assert plan.bound.update
     before = state_of(store)
     with pytest.raises(BudgetError, match="no bound exists while 'w'"):
         execute(store, edited(plan, ("tensors", "w", "reads"), ["0,2"]), "hostile")
@@ -276,7 +313,7 @@ def test_statistics_that_are_missing_are_made_before_a_plan_is_believed(
     moved = edited(edited(plan, ("base", "commit"), commits["base"]), ("experts", 0, "commit"), commits["math"])
     tensor = next(iter(moved.tensors))
     with pytest.raises(BadInputError, match="thresholds"):
-        execute(second, edited(moved, ("tensors", tensor, "thresholds"), [0]), "hostile")
+        execute(second, edited(moved, ("tensors", tensor, "pinned", "thresholds"), [0]), "hostile")
     with pytest.raises(BadInputError, match="bound"):
         execute(second, edited(moved, ("bound", "absolute"), 0.0), "hostile")
     execute(second, moved, "merged")
@@ -303,12 +340,33 @@ def test_a_plan_holds_where_the_blocks_are_kept_in_other_encodings(
         execute(second, tight, "tight")
 
 
+def test_passes_are_made_before_a_plan_is_believed(make_store: Callable[..., Store], tmp_path: Path) -> None:
+    """A store that never saw the question finds the same angles, and refuses a bound that does not follow."""
+    base = base_weights()
+    first, second = make_store(), make_store()
+    for store in (first, second):
+        folder = tmp_path / store.layout.root.name
+        ingest_family(store, folder, base, {"math": fine_tune(base, 1), "code": fine_tune(base, 2)})
+    plan = make_plan(first, "model_stock", {"math": 1.0, "code": 1.0}, budget="50%")
+    moved = edited(plan, ("base", "commit"), second.resolve("base").hex())
+    for number, name in enumerate(("math", "code")):
+        moved = edited(moved, ("experts", number, "commit"), second.resolve(name).hex())
+    with pytest.raises(BadInputError, match="bound absolute"):
+        execute(second, edited(moved, ("bound", "absolute"), plan.bound.absolute / 2), "hostile")
+    trees = [
+        store.commit(execute(store, question, "merged").commit).tree
+        for store, question in ((first, plan), (second, moved))
+    ]
+    assert trees[0] == trees[1]
+
+
 @settings(max_examples=max(200, settings().max_examples))
 @given(data=st.data())
 def test_a_mutated_plan_is_refused_or_true(shared_family: Store, data: st.DataObject) -> None:
     """One change anywhere. What is still accepted keeps its word: the costs counted here are those measured."""
-    method = data.draw(st.sampled_from(["ties", "task_arithmetic"]), label="method")
-    plan = make_plan(shared_family, method, WEIGHTS, budget="40%")
+    method = data.draw(st.sampled_from(["ties", "task_arithmetic", "model_stock"]), label="method")
+    budget = data.draw(st.sampled_from(["40%", None]), label="budget")
+    plan = make_plan(shared_family, method, {"math": 0.75, "code": 0.5}, budget=budget)
     before = state_of(shared_family)
     try:
         found = decode_plan(data.draw(mutated_json(plan.as_json())), "p.json")

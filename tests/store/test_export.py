@@ -100,6 +100,14 @@ class TestAsItCame:
         store.snapshot("m").export(tmp_path / "out", extra_files=extra)
         assert folder_bytes(tmp_path / "out") == {**folder_bytes(model), "README.md": b"made"}
 
+    def test_files_that_are_left_out(self, store: Store, model: Path, tmp_path: Path) -> None:
+        """Weights are not among them; and what is left out makes room for what is added."""
+        names = ["config.json", "tokenizer.json", "model.safetensors", "nothing"]
+        result = store.snapshot("m").export(tmp_path / "out", leave_out=names, extra_files={"config.json": b"new"})
+        weights = (model / "model.safetensors").read_bytes()
+        assert folder_bytes(tmp_path / "out") == {"model.safetensors": weights, "config.json": b"new"}
+        assert (result.files, result.written_bytes) == (2, len(weights) + 3)
+
 
 class TestOtherLayouts:
     @pytest.mark.parametrize("limit", [1, 8192, 40_000, 10**9])

@@ -11,7 +11,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mergepipe.merge import Expert, MergeResult, Plan, execute, parse_budget, plan_merge
-from mergepipe.merge.facts import TensorFacts, gather
+from mergepipe.merge.build import facts_of, jobs_of_plan
+from mergepipe.merge.facts import Facts
+from mergepipe.merge.method import Value
 from mergepipe.merge.methods import find_method
 from mergepipe.store import Digest, Store
 from mergepipe.store.frame import Kind
@@ -28,6 +30,19 @@ NUMPY = {
     "F64": np.dtype(np.float64),
 }
 METHODS = ("linear", "task_arithmetic", "ties")
+FAMILIES = (*METHODS, "dare_linear", "della", "sce", "model_stock", "nuslerp", "karcher")
+"""One method at least of each kind that the engine knows: with masks, thresholds, whole rows, passes over all of it."""
+USUAL: Mapping[str, Mapping[str, Value]] = {
+    "ties": {"density": 0.3},
+    "dare_linear": {"density": 0.5},
+    "dare_ties": {"density": 0.5},
+    "della": {"density": 0.5},
+    "della_linear": {"density": 0.5},
+    "sce": {"select_topk": 0.4},
+    "slerp": {"t": 0.3},
+    "nearswap": {"t": 0.01},
+}
+"""What is asked of a method where a test does not say: so that it has something to leave out."""
 
 
 def write_weights(folder: Path, name: str, weights: Weights) -> Path:
@@ -59,17 +74,22 @@ def make_plan(
     method: str,
     experts: Weighted,
     *,
-    base: str = "base",
+    base: str | None = "base",
     budget: str | None = None,
     max_error: float | None = None,
     dtype: str | None = None,
     **parameters: Any,
 ) -> Plan:
-    """A plan; experts as ``{"math": 0.6}`` or ``{"math": {"weight": 0.6, "density": 0.2}}``."""
+    """A plan; experts as ``{"math": 0.6}`` or ``{"math": {"weight": 0.6, "density": 0.2}}``.
+
+    A weight is left out where the method has none.
+    """
+    weighted = any(parameter.name == "weight" for parameter in find_method(method).parameters)
     named = [
-        Expert(name, {"weight": settings} if isinstance(settings, int | float) else settings)
-        for name, settings in experts.items()
+        Expert(name, ({"weight": own} if weighted else {}) if isinstance(own, int | float) else own)
+        for name, own in experts.items()
     ]
+    parameters = {**USUAL.get(method, {}), **parameters}
     return plan_merge(
         store, base, named, method, parameters=parameters, budget=parse_budget(budget, max_error), dtype=dtype
     )
@@ -80,12 +100,26 @@ def merge(store: Store, method: str, experts: Weighted, ref: str = "merged", **o
     return execute(store, make_plan(store, method, experts, **options), ref, use_cache=False)
 
 
-def facts_of_refs(store: Store, method: str, experts: list[str], base: str = "base") -> list[TensorFacts]:
-    """What the planner knows of models whose statistics are all there."""
-    snapshots = [store.snapshot(name) for name in experts]
-    facts, missing = gather(store, store.snapshot(base), snapshots, experts, find_method(method))
-    assert not missing
-    return facts
+def facts_of_refs(store: Store, method: str, experts: list[str], base: str = "base", *, bounded: bool = True) -> Facts:
+    """What the planner knows of models."""
+    plan = make_plan(store, method, dict.fromkeys(experts, 1.0), base=base)
+    models, jobs = jobs_of_plan(store, plan)
+    return facts_of(store, models, jobs, plan.settings, find_method(method), bounded=bounded)
+
+
+def assert_as_planned(plan: Plan, result: MergeResult) -> None:
+    """Nothing came from the cache, and the reader and the writer counted what the plan says."""
+    assert result.expert_bytes_read == plan.costs.expert_bytes
+    assert result.base_bytes_read == plan.costs.base_bytes
+    assert result.computed_blocks == plan.costs.computed_blocks
+    assert result.referenced_blocks == plan.costs.referenced_blocks
+    assert result.cached_blocks == 0
+    assert result.budget_bytes == plan.budget_bytes
+    assert plan.budget_bytes is None or result.expert_bytes_read <= plan.budget_bytes
+
+
+def tree_of(store: Store, ref: str) -> Digest:
+    return store.commit(store.resolve(ref)).tree
 
 
 def weights_of(store: Store, ref: str) -> Weights:

@@ -63,8 +63,8 @@ class Case:
 
 WEIGHTS: Final = {"weight": (0.6, 0.4, -0.25, 1.5)}
 SIGNLESS: Final = {"weight": (0.6, 0.4, 0.25, 1.5)}
-SOME: Final = {"density": (0.3, 1.0, 0.02, 0.7)}
-BY_RANK: Final = {"density": (0.3, 1.0, 0.02, 0.7), "epsilon": (0.15, 0.2)}
+SOME: Final = {"density": (0.3, 1.0, 0.25, 0.7)}
+BY_RANK: Final = {"density": (0.3, 1.0, 0.25, 0.7), "epsilon": (0.15, 0.2)}
 
 
 def _sparse(method: str, counts: tuple[int, ...], own: Mapping[str, tuple[float, ...]]) -> Iterator[Case]:

@@ -67,6 +67,8 @@ def command(
     _check_given(recipe, plan, name, dry_run, plans)
     limits = parse_budget(budget, max_error)
     with store_for(recipe, store) as opened, progress_bar(quiet=json) as progress:
+        if not dry_run and _is_new(opened, name or ""):
+            _load_kernels()
         if dry_run:
             planned = _planned(opened, recipe, plan, limits, allow_missing, progress)
             done: list[tuple[Plan, MergeResult]] = []
@@ -81,6 +83,22 @@ def command(
         _show_plan(planned, json=json)
     else:
         _show(done, audits, json=json)
+
+
+def _is_new(store: Store, name: str) -> bool:
+    """Whether there is something to compute, as far as the ref's name tells: it is not there yet."""
+    from mergepipe.store.refs import find_ref
+
+    with store.catalog.reading() as view:
+        return find_ref(view, name) is None
+
+
+def _load_kernels() -> None:
+    """Load the compiled kernels while the merge is being planned; whoever needs them waits for them."""
+    from importlib import import_module
+    from threading import Thread
+
+    Thread(target=import_module, args=("mergepipe.merge.tile_kernels",), daemon=True).start()
 
 
 def _check_given(

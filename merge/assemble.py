@@ -11,6 +11,7 @@ from mergepipe.merge.plan import Plan
 from mergepipe.merge.recipe.layers import layer_of, sort_names
 from mergepipe.store.errors import BadInputError
 from mergepipe.store.manifest import TensorEntry, natural_key
+from mergepipe.store.snapshot import Snapshot
 
 _SHOWN = 3
 
@@ -88,6 +89,16 @@ def _does_not_fit(models: Sequence[Model], problems: Mapping[int, Sequence[str]]
         hint = "Vocabularies of different sizes: a recipe's `tokenizer:` matches them by token. " + hint
     what = f"expert {who!r} does not fit the base" if number else f"the base {who!r} is not what the merge is for"
     return BadInputError(f"{what}: {'; '.join(found[:_SHOWN])}{more}", hint=hint)
+
+
+def same_shapes(snapshots: Iterable[Snapshot]) -> bool:
+    """Whether tensors of one name have one shape in all models."""
+    known: dict[str, tuple[int, ...]] = {}
+    return all(
+        known.setdefault(name, entry.shape) == entry.shape
+        for snapshot in snapshots
+        for name, entry in snapshot.tensors.items()
+    )
 
 
 def head_of(settings: Sequence[Setting], experts: int) -> tuple[Mapping[str, Value], list[Mapping[str, Value]], bool]:

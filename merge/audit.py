@@ -13,11 +13,12 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from mergepipe.merge.bench import open_bench
+from mergepipe.merge.checked import CheckedPlan
 from mergepipe.merge.facts import TensorFacts
 from mergepipe.merge.inputs import virtual_blocks
 from mergepipe.merge.plan import Plan
 from mergepipe.merge.tiles import Bench, load, tiles
-from mergepipe.merge.validate import CheckedPlan, check_plan
+from mergepipe.merge.validate import check_plan
 from mergepipe.store.objects import ObjectReader
 from mergepipe.store.parallel import Progress, counter, default_workers, run_bounded
 from mergepipe.store.store import Store

@@ -40,7 +40,7 @@ from mergepipe.store.staging import Staging, is_stored
 from mergepipe.store.statistics import block_statistics
 from mergepipe.store.store import Store
 
-_PREPARERS = 4  # as many as read a cold disk well
+_PREPARERS = 8  # each waits for one small file after the other: eight keep a disk busy
 _AHEAD_PLACES = 48
 
 
@@ -223,11 +223,11 @@ class _Merging:
         self._advance(work.job.reference.block_span(index)[1])
 
     def _prefetch(self, work: _Work, index: int) -> None:
-        for digest in {work.job.reference.blocks[index], *work.experts_at(index)}:
-            made_of = self.run.bench.virtual.get(digest)
-            real = digest if made_of is None else made_of.block
-            if real is not None:
-                self._preparing.submit(self.run.reader.prefetch, real)
+        """Have the system read a place's blocks; what they are deltas to is among them, or has been read before."""
+        blocks = {work.job.reference.blocks[index], *work.experts_at(index)}
+        made_of = [self.run.bench.virtual.get(digest) for digest in blocks]
+        real = [digest if virtual is None else virtual.block for digest, virtual in zip(blocks, made_of, strict=True)]
+        self._preparing.submit(self.run.reader.prefetch_all, [digest for digest in real if digest is not None])
 
     def _known(self, work: _Work, index: int) -> Digest | None:
         """A block that this recipe led to before, where it is still there."""
@@ -249,9 +249,11 @@ class _Merging:
         loaded = self._load(work, index, held=keep)
         if keep:
             work.held[index] = loaded
-        part = measure_place(
-            self.run.bench, self.run.method, totals.step, work.job, index, loaded, work.facts.problem, work.coefficients
-        )
+        part = totals.begin()
+        measure_place(
+            self.run.bench, self.run.method, totals.step, work.job, index, loaded, work.facts.problem,
+            work.coefficients, part,
+        )  # fmt: skip
         totals.add(index, part)
 
     def _load(self, work: _Work, index: int, *, held: bool = False) -> Loaded:

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
-from mergepipe.merge.assemble import in_order, jobs_from, jobs_of
+from mergepipe.merge.assemble import in_order, jobs_from, jobs_of, same_shapes
 from mergepipe.merge.budget import Budget
+from mergepipe.merge.checked import CheckedPlan
 from mergepipe.merge.facts import Facts, gather
 from mergepipe.merge.inputs import Model, open_models
 from mergepipe.merge.job import Job, Setting
@@ -17,9 +18,11 @@ from mergepipe.merge.passes import kept_settle, settle_all
 from mergepipe.merge.plan import Bound, Costs, Input, Plan
 from mergepipe.merge.planner import full_bytes, make_plan
 from mergepipe.store.convert import check_conversion
+from mergepipe.store.digest import Digest
 from mergepipe.store.dtypes import DTYPES
 from mergepipe.store.errors import UsageError
 from mergepipe.store.parallel import Progress
+from mergepipe.store.snapshot import Snapshot
 from mergepipe.store.store import Store
 
 _KINDS = {"model": "model", "adapter": "adapter", "task_vector": "task_vector"}
@@ -110,29 +113,30 @@ def plan_merge(
         _check_whole(inputs)
     origin = Input(store.resolve(base), base) if base is not None else common_base(store, inputs)
     target = check_conversion(dtype).name if dtype is not None else None
-    origin, inputs = _with_common_rows(store, origin, inputs, notes)
+    opened = {item.commit: store.snapshot_of(item.commit) for item in (origin, *inputs)}
+    origin, inputs = _with_common_rows(store, origin, inputs, opened, notes)
     draft = draft_of(origin, inputs, found, settled, target, based=based)
-    models = open_models(store, draft.models)
+    models = open_models(store, draft.models, opened)
     tensors: dict[str, tuple[int, tuple[str, ...] | None]] = dict.fromkeys(models[0].tensors, (0, None))
     if allow_missing:
         draft, tensors = _without_missing(draft, models, found)
     if draft.complete:
         tensors = {name: tensors[name] for name in in_order(tensors)}
     jobs = jobs_from(models, draft.settings, tensors)
-    return plan_jobs(store, draft, models, jobs, found, budget or Budget(), "exact" not in given, progress)
+    return plan_jobs(store, draft, models, jobs, found, budget or Budget(), "exact" not in given, progress).plan
 
 
 def _with_common_rows(
-    store: Store, base: Input, experts: Sequence[Input], notes: list[str] | None
+    store: Store,
+    base: Input,
+    experts: Sequence[Input],
+    opened: Mapping[Digest, Snapshot],
+    notes: list[str] | None,
 ) -> tuple[Input, list[Input]]:
     """The models as they are, or, where their vocabularies have different sizes, cut to the rows that all have."""
     inputs = [base, *experts]
     whole = [number for number, item in enumerate(inputs) if item.kind == "model"]
-    shapes = [
-        {name: entry.shape for name, entry in store.snapshot_of(inputs[number].commit).tensors.items()}
-        for number in whole
-    ]
-    if all(shapes[0].get(name, shape) == shape for other in shapes for name, shape in other.items()):
+    if same_shapes(opened[inputs[number].commit] for number in whole):
         return base, list(experts)
     from mergepipe.merge.realign import keep_common_rows
 
@@ -181,7 +185,7 @@ def plan_jobs(
     budget: Budget,
     may_approximate: bool,
     progress: Progress | None,
-) -> Plan:
+) -> CheckedPlan:
     """The plan for these jobs. ``may_approximate``: nobody asked for exact thresholds.
 
     Exact thresholds need a pass over the whole tensors. A merge that reads everything has them for nothing; one under
@@ -189,11 +193,11 @@ def plan_jobs(
     """
     facts = facts_of(store, models, jobs, draft.settings, method, bounded=False, progress=progress)
     if budget.covers(full_bytes(facts)):
-        return make_plan(draft, facts, method, budget)
+        return CheckedPlan(make_plan(draft, facts, method, budget), method, models, facts)
     if may_approximate:
         draft = _at_histogram_resolution(draft)
     facts = facts_of(store, models, jobs, draft.settings, method, bounded=True, progress=progress)
-    return make_plan(draft, facts, method, budget)
+    return CheckedPlan(make_plan(draft, facts, method, budget), method, models, facts)
 
 
 def facts_of(

@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mergepipe.merge.certificate import Item
-from mergepipe.store.kernels import SKETCH_SIZE
+from mergepipe.store.norms import SKETCH_SIZE
 
 Floats = NDArray[np.float64]
 Numbers = NDArray[np.intp]

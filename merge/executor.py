@@ -13,11 +13,12 @@ from dataclasses import dataclass
 
 from mergepipe.merge.bench import open_bench
 from mergepipe.merge.blocks import Run, compute
+from mergepipe.merge.checked import CheckedPlan
 from mergepipe.merge.checkpoints import Finished
 from mergepipe.merge.files import result_files
 from mergepipe.merge.inputs import virtual_blocks
 from mergepipe.merge.plan import Input, Plan
-from mergepipe.merge.validate import CheckedPlan, check_plan
+from mergepipe.merge.validate import check_plan
 from mergepipe.store.commits import Commit, Parent, default_author, timestamp_now
 from mergepipe.store.digest import Digest
 from mergepipe.store.errors import BudgetError, ConflictError
@@ -54,7 +55,7 @@ class MergeResult:
 
 def execute(
     store: Store,
-    plan: Plan,
+    plan: Plan | CheckedPlan,
     ref: str,
     *,
     message: str = "",
@@ -64,7 +65,7 @@ def execute(
     progress: Progress | None = None,
     device: str = "cpu",
 ) -> MergeResult:
-    """Carry out a plan and let ``ref`` point at the result.
+    """Carry out a plan and let ``ref`` point at the result. One that was checked, or just made here, is not checked.
 
     ``device``: a torch device that merges the tiles, such as ``cuda``; results are then equal to some ulps of float32,
     not bit for bit, and so neither taken from nor put into the cache of results.
@@ -77,7 +78,7 @@ def execute(
     """
     started = time.monotonic()
     before = _ref_before(store, ref)
-    checked = check_plan(store, plan, progress)
+    checked = plan if isinstance(plan, CheckedPlan) else check_plan(store, plan, progress)
     with Staging(store.layout, store.catalog) as staging:
         run = _open_run(store, checked, staging, device, use_cache=use_cache and device == "cpu")
         tensors = compute(run, checked.facts.tensors, workers or default_workers(), progress)

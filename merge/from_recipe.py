@@ -10,6 +10,7 @@ from typing import Final
 from mergepipe.merge.assemble import head_of, in_order, jobs_from
 from mergepipe.merge.budget import Budget
 from mergepipe.merge.build import common_base, draft_of, plan_jobs
+from mergepipe.merge.checked import CheckedPlan
 from mergepipe.merge.inputs import Model, open_models
 from mergepipe.merge.job import Setting
 from mergepipe.merge.method import Method, Parameter
@@ -33,7 +34,7 @@ def plan_document(
     *,
     allow_missing: bool = False,
     progress: Progress | None = None,
-) -> Plan:
+) -> CheckedPlan:
     """The plan of one document of a recipe.
 
     Models that are not in the store are ingested; vocabularies are aligned first, where the document asks for it.
@@ -45,7 +46,7 @@ def plan_document(
     method = check_document(document)
     inputs = align_vocabularies(found, document, find_models(found, document))
     base, experts, numbers = _models(found, document, method, inputs)
-    models = open_models(found.store, (base, *experts))
+    models = open_models(found.store, (base, *experts), found.opened)
     names = {reference: list(models[numbers.of(reference)].tensors) for reference in document.models_used()}
     what = outline(document, names, *_parameter_names(method))
     try:

@@ -51,21 +51,22 @@ class Model:
     adapter_blocks: Mapping[str, tuple[Digest, ...]] = field(default_factory=dict)
 
 
-def open_models(store: Store, inputs: Sequence[Input]) -> list[Model]:
-    """All models of a merge, the base first.
+def open_models(store: Store, inputs: Sequence[Input], opened: Mapping[Digest, Snapshot] | None = None) -> list[Model]:
+    """All models of a merge, the base first. ``opened``: snapshots whose trees were read already.
 
     Raises:
         NotFoundError: a commit is not in the store.
         BadInputError: an adapter that cannot be applied, or a task vector with other tensors than the base's.
     """
-    base = Model(inputs[0], _snapshot(store, inputs[0]), {})
+    known = opened or {}
+    base = Model(inputs[0], _snapshot(store, inputs[0], known), {})
     base = replace(base, tensors=base.snapshot.tensors)
-    return [base, *(_expert(store, item, base.tensors) for item in inputs[1:])]
+    return [base, *(_expert(store, item, base.tensors, known) for item in inputs[1:])]
 
 
-def _snapshot(store: Store, item: Input) -> Snapshot:
+def _snapshot(store: Store, item: Input, opened: Mapping[Digest, Snapshot]) -> Snapshot:
     try:
-        return store.snapshot_of(item.commit)
+        return opened.get(item.commit) or store.snapshot_of(item.commit)
     except NotFoundError:
         raise NotFoundError(
             f"{item.name!r} of the plan is commit {item.commit.short}, which is not in this store",
@@ -73,8 +74,8 @@ def _snapshot(store: Store, item: Input) -> Snapshot:
         ) from None
 
 
-def _expert(store: Store, item: Input, base: Mapping[str, TensorEntry]) -> Model:
-    snapshot = _snapshot(store, item)
+def _expert(store: Store, item: Input, base: Mapping[str, TensorEntry], opened: Mapping[Digest, Snapshot]) -> Model:
+    snapshot = _snapshot(store, item, opened)
     if item.kind == "adapter":
         return _adapter(store, item, snapshot, base)
     if item.kind == "task_vector":

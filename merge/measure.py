@@ -21,7 +21,7 @@ from mergepipe.merge.tiles import Bench, load, tiles
 from mergepipe.store.analyze import analyze
 from mergepipe.store.codecs import scratch
 from mergepipe.store.dtypes import DTYPES
-from mergepipe.store.kernels import HISTOGRAM_BINS
+from mergepipe.store.norms import HISTOGRAM_BINS
 from mergepipe.store.objects import ObjectReader
 from mergepipe.store.parallel import Progress, counter, default_workers, run_bounded
 from mergepipe.store.publish import Changes, publish

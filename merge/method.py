@@ -128,6 +128,19 @@ class Tile:
     row: int
 
 
+@dataclass(frozen=True, slots=True)
+class Stack:
+    """A whole block of a place where all are bfloat16: bit patterns, before anything is widened.
+
+    ``blocks``: the experts', (K, n); ``present``: which of them have a block of their own, (K,), the others have the
+    base's; ``base``: (n,).
+    """
+
+    blocks: NDArray[np.uint16]
+    present: NDArray[np.bool_]
+    base: NDArray[np.uint16]
+
+
 Apply = Callable[[Tile, Coefficients, Float32], None]
 """``apply(tile, coefficients, out)`` with ``out`` (n,) float32."""
 
@@ -140,7 +153,7 @@ class Pass:
     parts of blocks are summed in their order, so that the sum depends on neither threads nor time. ``settle(problem,
     coefficients, state)``: the coefficients that follow. ``uses``: names of the coefficients that ``add`` reads; with
     the inputs' ids and ``name`` they are the key under which the state is kept, so a sweep over any other parameter
-    pays for it once.
+    pays for it once. ``add_stack``: a shorter way to the same state, bit for bit, from a whole bfloat16 block.
     """
 
     name: str
@@ -148,6 +161,7 @@ class Pass:
     add: Callable[[Tile, Coefficients, NDArray[Any]], None]
     settle: Callable[[Problem, Coefficients, NDArray[Any]], Coefficients]
     uses: tuple[str, ...] = ()
+    add_stack: Callable[[Stack, Coefficients, NDArray[Any]], None] | None = None
 
 
 def _no_passes(_: Problem) -> tuple[Pass, ...]:
@@ -173,7 +187,8 @@ class Method:
     whole or not at all, and the result is then off by at most the root of the sum of (factor * norm)^2.
 
     ``keeps(problem, coefficients)``: whether elements in which no expert differs from the base are the base's in the
-    result. ``idempotent``: inputs that are all the same give themselves, so a tensor in which no expert differs
+    result. ``apply_stack``: a shorter way to the same result, bit for bit, from a whole bfloat16 block to another.
+    ``idempotent``: inputs that are all the same give themselves, so a tensor in which no expert differs
     anywhere stays, whatever ``keeps`` says of its places. ``pinned``: names of coefficients that a plan shows.
     """
 
@@ -194,6 +209,7 @@ class Method:
     histograms: bool = False
     rows: bool = False
     pinned: tuple[str, ...] = ()
+    apply_stack: Callable[[Stack, Coefficients, NDArray[np.uint16]], None] | None = None
     idempotent: bool = False
 
     def takes_deltas(self, *, based: bool) -> bool:

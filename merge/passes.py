@@ -39,39 +39,51 @@ _LONGEST_HEAD: Final = 1 << 16
 class Totals:
     """A pass's state over one tensor: the sum of its blocks' parts.
 
-    Whole numbers are added as they come; the others wait, and are added in the blocks' order.
+    Whole numbers are counted on from block to block, in as many arrays as there are threads; the others wait, each
+    block's by itself, and are added in the blocks' order.
     """
 
     problem: Problem
     step: Pass
-    _sum: NDArray[Any] | None = None
+    _counts: list[NDArray[Any]] = field(default_factory=list)
     _parts: dict[int, NDArray[Any]] = field(default_factory=dict)
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
+    def begin(self) -> NDArray[Any]:
+        """An array to add a block's part to; then give it to :meth:`add`."""
+        with self._lock:
+            if self._counts:
+                return self._counts.pop()
+        return self.step.state(self.problem)
+
     def add(self, index: int, part: NDArray[Any]) -> None:
+        """Take an array back, with a block's part in it."""
         with self._lock:
             if part.dtype.kind in "iu":
-                self._sum = part if self._sum is None else self._sum + part
+                self._counts.append(part)
             else:
                 self._parts[index] = part
 
     def total(self) -> NDArray[Any]:
-        result = self.step.state(self.problem) if self._sum is None else self._sum
-        for index in sorted(self._parts):
-            result = result + self._parts[index]
+        """The sum over all blocks."""
+        result = self.step.state(self.problem)
+        for part in (*self._counts, *(self._parts[index] for index in sorted(self._parts))):
+            result += part
         return result
 
 
 def measure_place(
     bench: Bench, method: Method, step: Pass, job: Job, index: int, loaded: Loaded, problem: Problem,
-    coefficients: Coefficients,
-) -> NDArray[Any]:  # fmt: skip
-    """One block's part of a pass's state."""
-    state = step.state(problem)
+    coefficients: Coefficients, state: NDArray[Any],
+) -> None:  # fmt: skip
+    """Add one block's part to a pass's state."""
+    stack = loaded.as_stack()
+    if stack is not None and step.add_stack is not None:
+        step.add_stack(stack, coefficients, state)
+        return
     deltas = method.takes_deltas(based=problem.based)
     for tile, _ in tiles(bench, job, index, loaded, deltas=deltas, whole_rows=method.rows):
         step.add(tile, coefficients, state)
-    return state
 
 
 @dataclass(frozen=True, slots=True)
@@ -187,7 +199,8 @@ def settle_all(
                          coefficients: Coefficients = coefficients) -> None:  # fmt: skip
                     blocks = tuple(entry.blocks[index] for entry in facts.job.experts)
                     loaded = load(bench, facts.job, index, blocks)
-                    part = measure_place(bench, method, step, facts.job, index, loaded, facts.problem, coefficients)
+                    part = totals.begin()
+                    measure_place(bench, method, step, facts.job, index, loaded, facts.problem, coefficients, part)
                     totals.add(index, part)
                     advance(facts.entry.block_span(index)[1])
 

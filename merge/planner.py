@@ -47,10 +47,8 @@ def make_plan(draft: Plan, facts: Facts, method: Method, budget: Budget) -> Plan
 def full_bytes(facts: Facts) -> int:
     """The expert bytes that reading everything takes."""
     return facts.adapter_bytes + sum(
-        group.stored_bytes * _readings(tensor)
+        _readings(tensor) * sum(group.stored_bytes for place in tensor.places for group in place.groups)
         for tensor in facts.tensors
-        for place in tensor.places
-        for group in place.groups
     )
 
 

@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final, Literal
 
+from mergepipe.merge.assemble import same_shapes
 from mergepipe.merge.plan import Input
-from mergepipe.merge.realign import keep_common_rows, realign
 from mergepipe.merge.recipe import Document, ModelReference, ModelToken, Tokenizer
 from mergepipe.merge.recipe.nodes import Place, shown
 from mergepipe.merge.vocabulary import FromModel, FromToken, TokenRequest, VocabularyRequest, Zero
@@ -20,6 +20,7 @@ from mergepipe.store.folder import walk_folder
 from mergepipe.store.parallel import Progress
 from mergepipe.store.publish import Changes, publish
 from mergepipe.store.refs import all_refs
+from mergepipe.store.snapshot import Snapshot
 from mergepipe.store.store import Store
 
 _LONGEST_NAME: Final = 200
@@ -30,7 +31,8 @@ _NO_MODEL: Final = "Name a ref of the store, or a folder with a model in it."
 class Found:
     """Commits by the names that recipes use. ``folder``: where the recipe lies, for paths. ``notes``: for the user.
 
-    ``coming``: names of documents whose results will be there when they are needed.
+    ``coming``: names of documents whose results will be there when they are needed. ``opened``: snapshots whose trees
+    were read.
     """
 
     store: Store
@@ -38,6 +40,7 @@ class Found:
     results: dict[str, Digest] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     coming: frozenset[str] = frozenset()
+    opened: dict[Digest, Snapshot] = field(default_factory=dict)
     progress: Progress | None = None
     _known: dict[str, tuple[Digest, str]] = field(default_factory=dict)
 
@@ -203,11 +206,18 @@ def align_vocabularies(
                 "Merge it into its model first, and use the result.",
             )
         place = document.place_of("tokenizer" if document.tokenizer is not None else "tokenizer_source")
+        from mergepipe.merge.realign import realign
+
         try:
             realigned = realign(found.store, commits, wanted, base, names)
         except BadInputError as error:
             raise place.error(error.message, error.hint or "Save the tokenizer anew with save_pretrained.") from error
     else:
+        found.opened.update({commit: found.store.snapshot_of(commit) for commit in commits})
+        if same_shapes(found.opened[commit] for commit in commits):
+            return dict(inputs)
+        from mergepipe.merge.realign import keep_common_rows
+
         realigned = keep_common_rows(found.store, commits, base, names)
         found.notes += cut_notes(names, commits, realigned.commits)
     found.notes += realigned.notes

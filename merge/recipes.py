@@ -62,7 +62,7 @@ def plan_last(
                 f"the plan needs the result of {document.name!r}, which is not merged yet",
                 f"`mp merge {path} --as NAME` merges all {len(recipe.documents)} documents in turn.",
             ) from error
-    plan = plan_document(found, last, budget, allow_missing=allow_missing, progress=progress)
+    plan = plan_document(found, last, budget, allow_missing=allow_missing, progress=progress).plan
     return plan, found.notes
 
 
@@ -87,10 +87,10 @@ def merge_recipe(
     results = []
     for number, document in enumerate(recipe.documents):
         last = number == len(recipe.documents) - 1
-        plan = plan_document(found, document, budget, allow_missing=allow_missing, progress=progress)
+        checked = plan_document(found, document, budget, allow_missing=allow_missing, progress=progress)
         name = ref if last else f"{ref}.{document.name}"
-        result = execute(store, plan, name, message=message, use_cache=use_cache, progress=progress, device=device)
-        results.append((plan, result))
+        result = execute(store, checked, name, message=message, use_cache=use_cache, progress=progress, device=device)
+        results.append((checked.plan, result))
         if document.name is not None:
             found.results[document.name] = result.commit
     return results, found.notes

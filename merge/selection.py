@@ -36,7 +36,7 @@ from numpy.typing import NDArray
 
 from mergepipe.merge.certificate import Item, distance
 from mergepipe.merge.cosines import Cosines
-from mergepipe.store.kernels import SKETCH_SIZE
+from mergepipe.store.norms import SKETCH_SIZE
 
 Floats = NDArray[np.float64]
 Numbers = NDArray[np.intp]

@@ -10,10 +10,12 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from mergepipe.store.kernels import compiled
+from mergepipe.merge.kernels import dividing
+from mergepipe.store.kernels import compiled, inlined
 
 Bits = NDArray[np.uint16]
 Floats = NDArray[np.float32]
+_PIECE = 2048
 
 
 @compiled
@@ -57,3 +59,109 @@ def deltas_of(stack: Bits, present: NDArray[np.bool_], base: Bits, start: int, r
         else:
             for i in range(row.size):
                 row[i] = np.float32(0)
+
+
+@inlined
+def _widened(bits: np.uint16) -> np.float32:
+    return np.uint32(np.uint32(bits) << np.uint32(16)).view(np.float32)
+
+
+@inlined
+def _narrowed(value: np.float32) -> np.uint16:
+    """To nearest even; a NaN stays one. As :func:`mergepipe.merge.kernels.round_bfloat16` does it."""
+    x = np.float32(value).view(np.uint32)
+    odd = np.uint32((x >> np.uint32(16)) & np.uint32(1))
+    rounded = np.uint16(np.uint32(x + np.uint32(0x7FFF) + odd) >> np.uint32(16))
+    quiet = np.uint16(np.uint16(x >> np.uint32(16)) | np.uint16(0x40))
+    return quiet if np.uint32(x & np.uint32(0x7FFFFFFF)) > np.uint32(0x7F800000) else rounded
+
+
+@dividing
+def add_weighted_stack(
+    stack: Bits,
+    present: NDArray[np.bool_],
+    base: Bits,
+    weights: Floats,
+    scale: np.float32,
+    divisor: np.float32,
+    out: Bits,
+) -> None:
+    """:func:`mergepipe.merge.kernels.add_weighted` of a whole block, operation by operation, without tiles."""
+    total = np.empty(_PIECE, np.float32)
+    origin = np.empty(_PIECE, np.float32)
+    zero, one = np.float32(0), np.float32(1)
+    for start in range(0, base.size, _PIECE):
+        old, new = base[start : start + _PIECE], out[start : start + _PIECE]
+        for i in range(old.size):
+            origin[i] = _widened(old[i])
+        for k in range(weights.size):
+            weight, row = weights[k], stack[k][start : start + _PIECE]
+            if not present[k]:
+                for i in range(old.size):
+                    total[i] = weight * zero if k == 0 else total[i] + weight * zero
+            elif k == 0:
+                for i in range(old.size):
+                    total[i] = weight * (_widened(row[i]) - origin[i])
+            else:
+                for i in range(old.size):
+                    total[i] += weight * (_widened(row[i]) - origin[i])
+        if divisor != one:
+            for i in range(old.size):
+                total[i] /= divisor
+        for i in range(old.size):
+            new[i] = _narrowed(origin[i] + scale * total[i])
+
+
+@dividing
+def weighted_sum_stack(
+    stack: Bits, present: NDArray[np.bool_], base: Bits, weights: Floats, divisor: np.float32, out: Bits
+) -> None:
+    """:func:`mergepipe.merge.kernels.weighted_sum` of a whole block, operation by operation, without tiles."""
+    total = np.empty(_PIECE, np.float32)
+    one = np.float32(1)
+    for start in range(0, base.size, _PIECE):
+        old, new = base[start : start + _PIECE], out[start : start + _PIECE]
+        for k in range(weights.size):
+            weight = weights[k]
+            row = stack[k][start : start + _PIECE] if present[k] else old
+            if k == 0:
+                for i in range(old.size):
+                    total[i] = weight * _widened(row[i])
+            else:
+                for i in range(old.size):
+                    total[i] += weight * _widened(row[i])
+        if divisor != one:
+            for i in range(old.size):
+                total[i] /= divisor
+        for i in range(old.size):
+            new[i] = _narrowed(total[i])
+
+
+@compiled
+def count_low_halves_stack(
+    stack: Bits, present: NDArray[np.bool_], base: Bits, bins: NDArray[np.uint32], counts: NDArray[np.int64]
+) -> None:
+    """:func:`mergepipe.merge.mask_kernels.count_low_halves` of a whole block's deltas.
+
+    The matches of a piece are gathered first, without a branch: of bfloat16 deltas many share a magnitude.
+    """
+    found = np.empty(_PIECE + 1, np.uint16)
+    deltas = np.empty(_PIECE, np.uint32)
+    for k in range(present.size):
+        if not present[k]:
+            continue  # all zeros, which are in no bin that is refined
+        for start in range(0, base.size, _PIECE):
+            old, row = base[start : start + _PIECE], stack[k][start : start + _PIECE]
+            for i in range(old.size):
+                delta = np.float32(_widened(row[i]) - _widened(old[i]))
+                deltas[i] = np.uint32(delta.view(np.uint32) & np.uint32(0x7FFFFFFF))
+            for m in range(bins.shape[1]):
+                wanted = bins[k, m]
+                if wanted > np.uint32(0x7FFF):
+                    continue
+                size = 0
+                for i in range(old.size):
+                    found[size] = np.uint16(deltas[i])
+                    size += np.uint32(deltas[i] >> np.uint32(16)) == wanted
+                for i in range(size):
+                    counts[k, m, found[i]] += 1

@@ -10,10 +10,9 @@ from typing import TYPE_CHECKING, Final
 import numpy as np
 from numpy.typing import NDArray
 
-from mergepipe.merge import kernels, tile_kernels
 from mergepipe.merge.inputs import Virtual
 from mergepipe.merge.job import Job
-from mergepipe.merge.method import Coefficients, Method, Tile
+from mergepipe.merge.method import Coefficients, Method, Stack, Tile
 from mergepipe.store.base_block import BaseBlock
 from mergepipe.store.catalog import Catalog
 from mergepipe.store.codecs import Bytes, scratch
@@ -72,6 +71,10 @@ class Loaded:
             for part in self.parts:
                 if part is not None:
                     yield from (block for block in (part.block, part.onto) if block is not None)
+
+    def as_stack(self) -> Stack | None:
+        """The whole block for methods that have a short way for it."""
+        return None if self.stack is None else Stack(self.stack, self.present, self.base.view("<u2"))
 
     def without(self, unread: Collection[int]) -> Loaded:
         """The same place as if these experts had not been read."""
@@ -245,6 +248,8 @@ def tiles(
     step = tile_elements(len(job.experts), elements, row if whole_rows else 1, tile_bytes)
     height = len(job.experts) + 2
     buffer = scratch.bytes("tiles", height * step * 4).view(np.float32)
+    from mergepipe.merge import tile_kernels
+
     present = loaded.present
     fill = tile_kernels.deltas_of if deltas else tile_kernels.weights_of
     for start in range(0, elements, step):
@@ -292,6 +297,10 @@ def merge_tiles(
     offset, size = job.reference.block_span(index)
     elements = size * 8 // loaded.base_type.bits
     out = scratch.bytes("merged", out_type.nbytes(elements))
+    stack = loaded.as_stack()
+    if stack is not None and out_type.name == "BF16" and method.apply_stack and bench.apply is apply_here:
+        method.apply_stack(stack, coefficients, out.view("<u2"))
+        return out
     first = offset * 8 // loaded.base_type.bits
     deltas = method.takes_deltas(based=based)
     inputs = tiles(bench, job, index, loaded, deltas=deltas, whole_rows=method.rows, tile_bytes=bench.tile_bytes)
@@ -310,7 +319,7 @@ def _delta(part: Part, loaded: Loaded, start: int, base_tile: NDArray[np.float32
             np.subtract(part.block.view("<f8")[span], loaded.base.view("<f8")[span], out=out, casting="same_kind")
     else:
         widen(part.block, part.dtype, start, out)
-        kernels.subtract(out, base_tile)
+        np.subtract(out, base_tile, out=out)
 
 
 def _fill_virtual(
@@ -345,6 +354,8 @@ def _fill_virtual(
 def widen(source: Bytes, dtype: DType, start: int, out: NDArray[np.float32]) -> None:
     """Elements of a block, from ``start`` on, as float32."""
     if dtype.name == "BF16":
+        from mergepipe.merge import kernels
+
         kernels.widen_bfloat16(source.view("<u2")[start : start + out.size], out.view(np.uint32))
     else:
         to_float32(source, dtype, start, out.size, out)
@@ -355,6 +366,8 @@ def narrow(values: NDArray[np.float32], dtype: DType, start: int, out: Bytes) ->
     width = dtype.bits // 8
     target = out[start * width : (start + values.size) * width]
     if dtype.name == "BF16":
+        from mergepipe.merge import kernels
+
         kernels.round_bfloat16(values.view(np.uint32), target.view("<u2"))
     else:
         from_float32(values, dtype, target)

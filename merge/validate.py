@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 from mergepipe.merge.assemble import head_of, jobs_of, source_layers
 from mergepipe.merge.build import facts_of
 from mergepipe.merge.certificate import Item
+from mergepipe.merge.checked import CheckedPlan
 from mergepipe.merge.facts import Facts
-from mergepipe.merge.inputs import Model, open_models
+from mergepipe.merge.inputs import open_models
 from mergepipe.merge.method import Method, Value
 from mergepipe.merge.methods import find_method
 from mergepipe.merge.plan import Plan
@@ -22,16 +23,6 @@ from mergepipe.store.parallel import Progress
 from mergepipe.store.store import Store
 
 _AGAIN = "The plan was edited, or made for other objects. Make it again with `mp plan`."
-
-
-@dataclass(frozen=True, slots=True)
-class CheckedPlan:
-    """A plan that holds, with its costs as they are in this store, its models, and what is known of its tensors."""
-
-    plan: Plan
-    method: Method
-    models: Sequence[Model]
-    facts: Facts
 
 
 def check_plan(store: Store, plan: Plan, progress: Progress | None = None) -> CheckedPlan:

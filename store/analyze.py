@@ -12,8 +12,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mergepipe.store.codecs import scratch
-from mergepipe.store.kernels import HISTOGRAM_BINS
 from mergepipe.store.manifest import TensorEntry
+from mergepipe.store.norms import HISTOGRAM_BINS
 from mergepipe.store.parallel import Progress, counter, default_workers, run_bounded
 from mergepipe.store.publish import Changes, publish
 from mergepipe.store.statistics import block_statistics, pack_histogram

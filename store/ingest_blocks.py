@@ -22,8 +22,8 @@ from mergepipe.store.chunking import block_count, block_elements, chunk_shape
 from mergepipe.store.codecs import Bytes, scratch
 from mergepipe.store.digest import Digest, hash_bytes
 from mergepipe.store.frame import Kind
-from mergepipe.store.kernels import HISTOGRAM_BINS
 from mergepipe.store.manifest import TensorEntry
+from mergepipe.store.norms import HISTOGRAM_BINS
 from mergepipe.store.objects import ObjectReader
 from mergepipe.store.parallel import run_bounded
 from mergepipe.store.staging import Staging

@@ -17,8 +17,8 @@ import numpy as np
 from numba import njit
 from numpy.typing import NDArray
 
-SKETCH_SIZE: Final = 64
-HISTOGRAM_BINS: Final = 1 << 15
+from mergepipe.store.norms import SKETCH_SIZE
+
 _FLUSH_ROWS: Final = 64  # float32 sums are moved to float64 after this many rows, which bounds their error
 
 
@@ -172,7 +172,7 @@ def _row(
 ) -> int:
     """One row of at most 64 elements; returns how many are not zero.
 
-    ``lanes`` are squares, magnitudes, largest magnitudes and signed sums.
+    ``lanes`` are squares, magnitudes, largest magnitudes and signed sums. A histogram without bins counts nothing.
     """
     signs = signs_of_row(row)
     changed = 0
@@ -186,8 +186,9 @@ def _row(
         lanes[2, j] = m if m > lanes[2, j] else lanes[2, j]
         changed += x != 0
         bins[j] = np.uint32(np.float32(m).view(np.uint32) >> np.uint32(16))
-    for j in range(width):
-        histogram[j & 1, bins[j]] += np.uint32(1)
+    if histogram.shape[1] > 0:
+        for j in range(width):
+            histogram[j & 1, bins[j]] += np.uint32(1)
     return changed
 
 

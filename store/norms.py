@@ -17,6 +17,8 @@ from mergepipe.store.digest import Digest
 from mergepipe.store.errors import DamagedError
 
 HEAD: Final = struct.Struct("<QQddd")
+SKETCH_SIZE: Final = 64
+HISTOGRAM_BINS: Final = 1 << 15
 
 
 @dataclass(frozen=True, slots=True)

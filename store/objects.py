@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import threading
 import zlib
+from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import dataclass, field
 from enum import StrEnum
@@ -165,6 +166,12 @@ class ObjectReader:
         if header.base is not None:
             with suppress(OSError):
                 will_need(self.layout.object_path(header.base), 0)
+
+    def prefetch_all(self, digests: Iterable[Digest]) -> None:
+        """Tell the system that objects will be read soon, by themselves; not counted, never fails."""
+        for digest in digests:
+            with suppress(OSError):
+                will_need(self.layout.object_path(digest), 0)
 
     def read_header(self, digest: Digest) -> Header:
         """An object's header alone; not counted.

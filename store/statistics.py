@@ -15,16 +15,17 @@ exponent, 7 of mantissa), 32,768 bins that add up over blocks.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Final
 
 import numpy as np
 from numpy.typing import NDArray
 
-from mergepipe.store import kernels
 from mergepipe.store.codecs import Bytes, scratch
 from mergepipe.store.dtypes import DType
 from mergepipe.store.errors import DamagedError
-from mergepipe.store.kernels import HISTOGRAM_BINS, SKETCH_SIZE
-from mergepipe.store.norms import HEAD
+from mergepipe.store.norms import HEAD, HISTOGRAM_BINS, SKETCH_SIZE
+
+_NO_COUNTS: Final = np.empty((2, 0), np.uint32)
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,9 +64,13 @@ def block_statistics(
 def _block_statistics(
     new: Bytes, old: Bytes, new_type: DType, old_type: DType, histogram: NDArray[np.int64] | None
 ) -> DeltaStatistics:
+    from mergepipe.store import kernels  # here: most who read statistics make none, and a compiler loads slowly
+
     elements = new.nbytes * 8 // new_type.bits
-    counts = scratch.bytes("counts", 2 * HISTOGRAM_BINS * 4).view(np.uint32).reshape(2, HISTOGRAM_BINS)
-    counts.fill(0)
+    counts = _NO_COUNTS
+    if histogram is not None:
+        counts = scratch.bytes("counts", 2 * HISTOGRAM_BINS * 4).view(np.uint32).reshape(2, HISTOGRAM_BINS)
+        counts.fill(0)
     sketch = np.zeros(SKETCH_SIZE, np.float64)
     sums = np.zeros(4, np.float64)
     if new_type.name == old_type.name == "BF16":

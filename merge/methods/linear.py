@@ -11,7 +11,7 @@ from typing import Final
 import numpy as np
 from numpy.typing import NDArray
 
-from mergepipe.merge.method import WEIGHT, Coefficients, Float32, Method, Parameter, Problem, Tile, scalar
+from mergepipe.merge.method import WEIGHT, Coefficients, Float32, Method, Parameter, Problem, Stack, Tile, scalar
 from mergepipe.store.errors import UsageError
 
 _CANCELLED: Final = 2.0**-20  # weights that sum to less of their magnitudes are 0.1 + 0.2 - 0.3 in float32: rounding
@@ -39,6 +39,14 @@ def apply(tile: Tile, coefficients: Coefficients, out: Float32) -> None:
     kernels.weighted_sum(tile.experts, coefficients["weights"], coefficients["divisor"][()], out)
 
 
+def apply_stack(stack: Stack, coefficients: Coefficients, out: NDArray[np.uint16]) -> None:
+    """The same on a whole bfloat16 block."""
+    from mergepipe.merge import tile_kernels
+
+    weights, divisor = coefficients["weights"], coefficients["divisor"][()]
+    tile_kernels.weighted_sum_stack(stack.blocks, stack.present, stack.base, weights, divisor, out)
+
+
 def reach(_: Problem, coefficients: Coefficients) -> NDArray[np.float64]:
     """The result is linear in the weights, so in their deltas."""
     return np.asarray(coefficients["weights"].astype(np.float64) / float(coefficients["divisor"]))
@@ -60,6 +68,7 @@ LINEAR: Final = Method(
     takes="weights",
     error="linear",
     reach=reach,
+    apply_stack=apply_stack,
     keeps=keeps,
     base="unused",
 )

@@ -16,6 +16,7 @@ BINS: Final = 1 << 15
 NO_BIN: Final = BINS
 _INFINITE_BIN: Final = 0x7F80
 LOW_HALVES: Final = 1 << 16
+_GROUP: Final = 256
 
 
 def find_bin(histogram: NDArray[Any], rank: int) -> tuple[int, int]:
@@ -24,10 +25,10 @@ def find_bin(histogram: NDArray[Any], rank: int) -> tuple[int, int]:
     Bin 0, with all magnitudes that count as zero, where the histogram has fewer elements. NaNs count as infinities,
     which are as large as a threshold can be.
     """
-    reaching = np.cumsum(histogram[::-1])
-    place = min(int(np.searchsorted(reaching, rank)), len(histogram) - 1)
-    place = max(place, len(histogram) - 1 - _INFINITE_BIN)
-    return len(histogram) - 1 - place, int(reaching[place] - histogram[len(histogram) - 1 - place])
+    found, above = _from_above(histogram, rank)
+    if found > _INFINITE_BIN:
+        return _INFINITE_BIN, int(histogram[_INFINITE_BIN + 1 :].sum())
+    return found, above
 
 
 def is_refinable(found: int) -> bool:
@@ -37,6 +38,23 @@ def is_refinable(found: int) -> bool:
 
 def find_low_half(counts: NDArray[Any], rank: int) -> tuple[int, int, int]:
     """Within a bin: the lower 16 bits of its rank-th largest, how many elements reach it, and how many are above it."""
-    reaching = np.cumsum(counts[::-1])
-    place = min(int(np.searchsorted(reaching, rank)), LOW_HALVES - 1)
-    return LOW_HALVES - 1 - place, int(reaching[place]), int(reaching[place] - counts[LOW_HALVES - 1 - place])
+    found, above = _from_above(counts, rank)
+    return found, above + int(counts[found]), above
+
+
+def _from_above(counts: NDArray[Any], rank: int) -> tuple[int, int]:
+    """The place with the rank-th from the end, and how many are behind it; place 0 where there are fewer.
+
+    First by groups of 256, then within one: summing all of a histogram one by one takes longer than reading it.
+    """
+    groups = counts.reshape(-1, _GROUP).sum(axis=1)[::-1]
+    reaching = np.cumsum(groups)
+    group = int(np.searchsorted(reaching, rank))
+    if group == len(groups):
+        return 0, int(reaching[-1] - counts[0])
+    above = int(reaching[group] - groups[group])
+    start = len(counts) - (group + 1) * _GROUP
+    inside = np.cumsum(counts[start : start + _GROUP][::-1])
+    place = int(np.searchsorted(inside, rank - above))
+    found = start + _GROUP - 1 - place
+    return found, above + int(inside[place] - counts[found])

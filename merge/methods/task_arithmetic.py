@@ -10,7 +10,7 @@ from typing import Final
 import numpy as np
 from numpy.typing import NDArray
 
-from mergepipe.merge.method import LAMBDA, WEIGHT, Coefficients, Float32, Method, Parameter, Problem, Tile
+from mergepipe.merge.method import LAMBDA, WEIGHT, Coefficients, Float32, Method, Parameter, Problem, Stack, Tile
 from mergepipe.merge.methods.task_vectors import mix_coefficients
 
 _NO_EFFECT: Final = "taken as mergekit takes it, with no effect: nothing is made sparse"
@@ -28,6 +28,15 @@ def apply(tile: Tile, coefficients: Coefficients, out: Float32) -> None:
 
     scale, divisor = coefficients["scale"][()], coefficients["divisor"][()]
     kernels.add_weighted(tile.base, tile.experts, coefficients["weights"], scale, divisor, out)
+
+
+def apply_stack(stack: Stack, coefficients: Coefficients, out: NDArray[np.uint16]) -> None:
+    """The same on a whole bfloat16 block."""
+    from mergepipe.merge import tile_kernels
+
+    scale, divisor = coefficients["scale"][()], coefficients["divisor"][()]
+    weights = coefficients["weights"]
+    tile_kernels.add_weighted_stack(stack.blocks, stack.present, stack.base, weights, scale, divisor, out)
 
 
 def reach(_: Problem, coefficients: Coefficients) -> NDArray[np.float64]:
@@ -53,4 +62,5 @@ TASK_ARITHMETIC: Final = Method(
     takes="deltas",
     error="linear",
     reach=reach,
+    apply_stack=apply_stack,
 )

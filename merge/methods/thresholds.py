@@ -13,7 +13,7 @@ from typing import Any, Final
 import numpy as np
 from numpy.typing import NDArray
 
-from mergepipe.merge.method import Apply, Coefficients, Float32, Parameter, Pass, Problem, Tile
+from mergepipe.merge.method import Apply, Coefficients, Float32, Parameter, Pass, Problem, Stack, Tile
 from mergepipe.merge.methods.order_statistics import LOW_HALVES, NO_BIN, find_bin, find_low_half, is_refinable
 from mergepipe.merge.methods.task_vectors import mix_coefficients, mix_of, rescale_pass, rescales
 from mergepipe.merge.mix import MAGNITUDE, NOTHING
@@ -106,13 +106,19 @@ def _count_pass(ranges: Ranges, columns: int) -> Pass:
     def settle(problem: Problem, coefficients: Coefficients, counts: NDArray[Any]) -> Coefficients:
         return _settle_counts(problem, coefficients, counts, ranges(problem))
 
-    return Pass("magnitudes within the thresholds' bins", state, _count, settle, uses=("bins",))
+    return Pass("magnitudes within the thresholds' bins", state, _count, settle, uses=("bins",), add_stack=_count_stack)
 
 
 def _count(tile: Tile, coefficients: Coefficients, counts: NDArray[Any]) -> None:
     from mergepipe.merge import mask_kernels
 
     mask_kernels.count_low_halves(tile.experts, coefficients["bins"], counts)
+
+
+def _count_stack(stack: Stack, coefficients: Coefficients, counts: NDArray[Any]) -> None:
+    from mergepipe.merge import tile_kernels
+
+    tile_kernels.count_low_halves_stack(stack.blocks, stack.present, stack.base, coefficients["bins"], counts)
 
 
 def _settle_counts(

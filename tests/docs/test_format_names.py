@@ -16,7 +16,6 @@ from mergepipe.store import (
     codecs,
     commits,
     frame,
-    kernels,
     layout,
     manifest,
     norms,
@@ -103,7 +102,7 @@ def test_the_object_row_has_its_fields_where_the_page_says() -> None:
 
 
 def test_the_statistics_row_has_its_fields_where_the_page_says() -> None:
-    sketch = np.arange(kernels.SKETCH_SIZE, dtype=np.float32)
+    sketch = np.arange(norms.SKETCH_SIZE, dtype=np.float32)
     row = DeltaStatistics(7, 5, 1.5, 2.5, 3.5, sketch).pack()
     table = [(int(cells[0]), int(cells[1])) for cells in rows(section("deltas")) if cells[0].isdigit()]
     assert [row[offset : offset + size] for offset, size in table] == [
@@ -155,7 +154,7 @@ def test_the_limits_and_versions() -> None:
         chunking.DEFAULT_BLOCK_BYTES,
         chunking.MAXIMUM_BLOCK_BYTES,
         objects.MAXIMUM_RECORD_BYTES,
-        kernels.HISTOGRAM_BINS,
+        norms.HISTOGRAM_BINS,
     ):
         assert str(number) in PAGE
     assert f"at most {manifest.MAXIMUM_DIMENSIONS} extents" in PAGE

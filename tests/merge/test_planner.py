@@ -26,7 +26,7 @@ from mergepipe.merge.plan import Bound, Costs
 from mergepipe.merge.planner import make_plan
 from mergepipe.store import Store
 from mergepipe.store.errors import BudgetError, UsageError
-from mergepipe.store.kernels import HISTOGRAM_BINS
+from mergepipe.store.norms import HISTOGRAM_BINS
 from support.facts import (
     Outline,
     Problem,

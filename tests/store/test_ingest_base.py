@@ -15,8 +15,8 @@ from mergepipe.store.analyze import analyze
 from mergepipe.store.catalog import ObjectRow
 from mergepipe.store.dtypes import DTYPES
 from mergepipe.store.frame import Encoding
-from mergepipe.store.kernels import HISTOGRAM_BINS
 from mergepipe.store.manifest import TensorEntry
+from mergepipe.store.norms import HISTOGRAM_BINS
 from mergepipe.store.objects import Role
 from mergepipe.store.statistics import block_statistics, pack_histogram, unpack_histogram, unpack_statistics
 from support.checkpoints import RawTensor, folder_bytes, raw, write_checkpoint

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from mergepipe.store import kernels
+from mergepipe.store import kernels, norms
 
 SIZES = [0, 1, 2, 63, 64, 65, 4095, 4096, 4097]
 EDGES = {
@@ -115,15 +115,15 @@ def expected_signs(elements: int) -> NDArray[np.float64]:
 def test_statistics(elements: int, seed: int) -> None:
     delta = np.random.default_rng(seed).standard_normal(elements).astype(np.float32)
     delta[:: 1 + seed % 5] = 0
-    histogram = np.zeros((2, kernels.HISTOGRAM_BINS), np.uint32)
-    sketch, out = np.zeros(kernels.SKETCH_SIZE), np.zeros(4)
+    histogram = np.zeros((2, norms.HISTOGRAM_BINS), np.uint32)
+    sketch, out = np.zeros(norms.SKETCH_SIZE), np.zeros(4)
     kernels.statistics_float32(delta, histogram, sketch, out)
     wide = delta.astype(np.float64)
     assert out[0] == np.count_nonzero(delta)
     np.testing.assert_allclose(out[1:3], [np.sum(wide**2), np.sum(abs(wide))], rtol=1e-5)
     assert out[3] == abs(delta).max()
     assert np.array_equal(
-        histogram.sum(0), np.bincount(abs(delta).view(np.uint32) >> 16, minlength=kernels.HISTOGRAM_BINS)
+        histogram.sum(0), np.bincount(abs(delta).view(np.uint32) >> 16, minlength=norms.HISTOGRAM_BINS)
     )
     lanes = np.zeros(64)
     np.add.at(lanes, np.arange(elements) % 64, wide * expected_signs(elements))
@@ -141,8 +141,8 @@ def test_statistics_of_bfloat16_are_those_of_the_float32_difference(elements: in
         lambda *out: kernels.statistics_bfloat16(new, old, *out),
         lambda *out: kernels.statistics_float32(delta, *out),
     ):
-        histogram = np.zeros((2, kernels.HISTOGRAM_BINS), np.uint32)
-        sketch, sums = np.zeros(kernels.SKETCH_SIZE), np.zeros(4)
+        histogram = np.zeros((2, norms.HISTOGRAM_BINS), np.uint32)
+        sketch, sums = np.zeros(norms.SKETCH_SIZE), np.zeros(4)
         run(histogram, sketch, sums)
         found.append((histogram.sum(0), sketch, sums))
     for one, other in zip(*found, strict=True):
@@ -152,7 +152,7 @@ def test_statistics_of_bfloat16_are_those_of_the_float32_difference(elements: in
 @pytest.mark.parametrize("pattern", [0x7FC00000, 0xFFC00000, 0x7F800001, 0xFFFFFFFF, 0x7F800000, 0xFF800000])
 def test_nans_and_infinities_of_either_sign_have_a_bin(pattern: int) -> None:
     delta = np.full(130, pattern, np.uint32).view(np.float32)
-    histogram = np.zeros((2, kernels.HISTOGRAM_BINS), np.uint32)
+    histogram = np.zeros((2, norms.HISTOGRAM_BINS), np.uint32)
     kernels.statistics_float32(delta, histogram, np.zeros(64), np.zeros(4))
     assert histogram.sum() == 130
     assert histogram.sum(0)[(pattern & 0x7FFFFFFF) >> 16] == 130

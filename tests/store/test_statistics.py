@@ -15,8 +15,7 @@ from mergepipe.store.catalog import open_catalog, release_catalog
 from mergepipe.store.digest import Digest
 from mergepipe.store.dtypes import DTYPES
 from mergepipe.store.errors import DamagedError
-from mergepipe.store.kernels import HISTOGRAM_BINS, SKETCH_SIZE
-from mergepipe.store.norms import Norms, add_norms, read_norms
+from mergepipe.store.norms import HISTOGRAM_BINS, SKETCH_SIZE, Norms, add_norms, read_norms
 from mergepipe.store.statistics import (
     DeltaStatistics,
     bin_floor,

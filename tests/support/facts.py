@@ -22,8 +22,8 @@ from mergepipe.merge.methods import METHODS
 from mergepipe.merge.plan import Input, Plan
 from mergepipe.merge.planner import full_bytes, make_plan
 from mergepipe.store.digest import Digest, hash_bytes
-from mergepipe.store.kernels import HISTOGRAM_BINS, SKETCH_SIZE
 from mergepipe.store.manifest import TensorEntry
+from mergepipe.store.norms import HISTOGRAM_BINS, SKETCH_SIZE
 
 BLOCK_ELEMENTS: Final = 1024
 PLANNED: Final = (

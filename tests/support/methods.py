@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from mergepipe.merge.method import Coefficients, Float32, Method, Problem, Tile, Value
 from mergepipe.store.dtypes import DTYPES
-from mergepipe.store.kernels import HISTOGRAM_BINS
+from mergepipe.store.norms import HISTOGRAM_BINS
 from mergepipe.store.statistics import block_statistics
 
 Own = Sequence[Mapping[str, Value]]

@@ -112,6 +112,8 @@ def gather(
     settle: Settle | None = None,
 ) -> Facts:
     """Facts for all jobs. ``bounded``: with norms, sketches and final coefficients, as a budget needs them."""
+    if method.histograms:
+        store.catalog.read_ahead()
     with store.catalog.reading() as view:
         reads = Reads(view, virtual_blocks(models))
         return _Gathering(store.catalog, view, reads, method, bounded, settle).all(models, jobs, settings)

@@ -15,7 +15,7 @@ import struct
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, TypeAlias, TypeVar
@@ -24,7 +24,7 @@ import lmdb
 
 from mergepipe.store.digest import DIGEST_BYTES, Digest
 from mergepipe.store.errors import ConflictError, DamagedError, EnvironmentalError
-from mergepipe.store.filesystem import explain_os_error, refuse_network_filesystem
+from mergepipe.store.filesystem import explain_os_error, refuse_network_filesystem, will_need
 from mergepipe.store.frame import Encoding, Kind
 
 Result = TypeVar("Result")
@@ -36,6 +36,7 @@ _DATA: Final = "data.mdb"
 _ENGINE: Final = 0  # LMDB 0.9's file format; 1.0's differs, and only one of them can open a file
 _MAP_BYTES: Final = 64 << 30  # reserved address space, not disk
 _NEARLY_FULL_BYTES: Final = 1 << 20
+_READ_AHEAD_BYTES: Final = 512 << 20
 _OBJECT_ROW = struct.Struct("<BBBB4xQQQ32s")
 _NO_BASE: Final = bytes(DIGEST_BYTES)
 
@@ -103,6 +104,12 @@ class Catalog:
 
     def _open_database(self, name: str) -> Any:
         return self._env.open_db(name.encode(), create=not self.read_only)
+
+    def read_ahead(self) -> None:
+        """Have the system read the catalog, before many large rows are wanted, if it is small enough; never fails."""
+        with suppress(OSError):
+            if (self.path / _DATA).stat().st_size <= _READ_AHEAD_BYTES:
+                will_need(str(self.path / _DATA), 0)
 
     @contextmanager
     def reading(self) -> Iterator[Reading]:

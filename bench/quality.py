@@ -185,8 +185,8 @@ def _sweep_method(
     return points
 
 
-def sweep(family: Family, work: Path) -> Sweep:
-    """Ingest the family into a store below `work`, merge and score."""
+def sweep(family: Family, work: Path, methods: Sequence[str]) -> Sweep:
+    """Ingest the family into a store below `work`, merge by these methods (all, where none is named), and score."""
     held_out = read_held_out(family.folder)
     kind = json.loads((family.folder / "training.json").read_text())["kind"]
     score = Scorer(family, held_out)
@@ -198,6 +198,8 @@ def sweep(family: Family, work: Path) -> Sweep:
         losses = {name: score(tensors_of(store, name)) for name in ("base", *experts)}
         points = []
         for recipe in RECIPES:
+            if methods and recipe.method not in methods:
+                continue
             if recipe.method not in KNOWN:
                 print(f"  {recipe.method}: this engine does not have it", file=sys.stderr)
                 continue
@@ -368,7 +370,7 @@ def _run(args: argparse.Namespace) -> None:
             make_family(Options(folder, seed=0, minutes=6, kind=KINDS["full"], source=None))
         if not (folder / "training.json").is_file():
             raise BenchError(f"{folder / 'training.json'} is not there: --family takes what bench/training.py wrote")
-        found = sweep(Family(folder.resolve()), work / "store")
+        found = sweep(Family(folder.resolve()), work / "store", args.methods)
     if args.json is not None:
         args.json.write_text(json.dumps(asdict(found), indent=2) + "\n")
     text = section(found, draw(found, args.out))
@@ -382,6 +384,7 @@ def main() -> int:
     parser.add_argument(
         "--out", type=Path, default=ROOT / "docs" / "quality", help="folder for plots; the page is beside it"
     )
+    parser.add_argument("--methods", nargs="*", default=[], help="only these")
     parser.add_argument("--json", type=Path, help="write all figures to this file")
     args = parser.parse_args()
     torch.set_num_threads(1)

@@ -291,7 +291,7 @@ class Kind:
             parametrize.remove_parametrizations(layer, "weight", leave_parametrized=True)
 
 
-KINDS = {kind.name: kind for kind in (Kind("full", 6e-4), Kind("lora", 4e-3), Kind("sparse", 2e-3))}
+KINDS = {kind.name: kind for kind in (Kind("full", 1.5e-4), Kind("lora", 4e-3), Kind("sparse", 2e-3))}
 
 
 @dataclass(frozen=True, slots=True)

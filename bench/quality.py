@@ -175,7 +175,7 @@ def _sweep_method(
                 share_of_stored=merged.expert_bytes_read / merged.expert_bytes_full,
                 share_of_raw=merged.expert_bytes_read / raw_bytes,
                 losses=losses,
-                gain_recovered=(mean(before) - mean(losses)) / gain if gain else math.nan,
+                gain_recovered=(mean(before) - mean(losses)) / gain if gain > 0 else math.nan,
                 deviation_of_update=away / update if update else 0.0,
                 deviation_of_weights=away / weights,
                 relative_bound=merged.relative_bound,
@@ -212,6 +212,11 @@ def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
+def _share(gain: float) -> str:
+    """Of the full merge's gain, where it has one."""
+    return "the full merge has none" if math.isnan(gain) else f"{gain:.0%}"
+
+
 def _losses_table(found: Sweep) -> str:
     domains = list(found.losses["base"])
     named = found.losses | {f"{method}, all read": found.of(method)[-1].losses for method in found.methods}
@@ -230,10 +235,10 @@ def _claims_table(found: Sweep) -> str:
             [
                 f"`{method}`",
                 f"{claimed.deviation_of_weights:.1e}",
-                f"{claimed.gain_recovered:.0%}",
+                _share(claimed.gain_recovered),
                 f"{1 / claimed.share_of_stored:.1f}x",
                 f"{worse} of {len(points) - 1}",
-                f"{enough.share_of_stored:.0%}",
+                "" if math.isnan(enough.gain_recovered) else f"{enough.share_of_stored:.0%}",
             ]
         )
     header = [
@@ -253,7 +258,7 @@ def _budget_table(points: Sequence[Point]) -> str:
             f"{point.share_of_stored:.1%}",
             f"{point.share_of_raw:.1%}",
             *(f"{loss:.3f}" for loss in point.losses.values()),
-            f"{point.gain_recovered:.1%}",
+            _share(point.gain_recovered),
             f"{point.deviation_of_update:.3g}",
             f"{point.deviation_of_weights:.1e}",
             f"{point.relative_bound:.3g}",

@@ -47,7 +47,7 @@ def _bound_lines(plan: Plan) -> list[str]:
     relative = bound.estimate / bound.update if bound.update else 0.0
     lines = [
         f"  certified  within {bound.absolute:.4g} (L2) of the full merge, {bound.relative:.1%} of its update",
-        f"  likely     {bound.estimate:.4g} from it, {relative:.1%}: by the experts' sketches",
+        f"  likely     {bound.estimate:.4g} from it, {relative:.1%}: an estimate, no proof",
     ]
     if any(setting.parameters.get("exact") is False for setting in plan.settings):
         lines.append("  thresholds at the catalog's resolution, in both (--param exact=true reads all experts once)")

@@ -16,6 +16,7 @@ from mergepipe.merge.bench import open_bench
 from mergepipe.merge.checked import CheckedPlan
 from mergepipe.merge.facts import TensorFacts
 from mergepipe.merge.inputs import virtual_blocks
+from mergepipe.merge.levels import blocks_at, previews_of, virtual_previews
 from mergepipe.merge.plan import Plan
 from mergepipe.merge.tiles import Bench, load, tiles
 from mergepipe.merge.validate import check_plan
@@ -79,6 +80,10 @@ def audit(store: Store, plan: Plan, progress: Progress | None = None) -> Audit:
         return Audit(0.0, 0.0, 0.0, 0.0, (), 0)
     reader = ObjectReader(store.layout)
     bench = open_bench(store, reader, virtual_blocks(checked.models))
+    for tensor in checked.facts.tensors:
+        planned = checked.plan.tensors.get(tensor.name)
+        if planned is not None:
+            bench.virtual.update(virtual_previews(tensor, previews_of(tensor, planned)))
     sums = _Sums()
     places = [(tensor, place.index) for tensor in checked.facts.tensors for place in tensor.places]
     advance = counter(progress, "audit", sum(tensor.entry.block_span(index)[1] for tensor, index in places))
@@ -112,14 +117,17 @@ def _compare(bench: Bench, checked: CheckedPlan, tensor: TensorFacts, index: int
     """The squared distance of the planned block from the full one, and of the full one from the reference's."""
     method, job = checked.method, tensor.job
     planned = checked.plan.tensors.get(tensor.name)
-    full = load(bench, job, index, tuple(entry.blocks[index] for entry in job.experts))
-    everyone = range(len(job.experts))
-    unread = {number for number in everyone if planned is None or index not in planned.reads[number]}
+    blocks = [tuple(entry.blocks[index] for entry in job.experts), (job.reference.blocks[index],) * len(job.experts)]
+    if planned is not None:
+        reads = [frozenset(indices) for indices in planned.reads]
+        blocks[1] = blocks_at(tensor, index, reads, previews_of(tensor, planned))
     deltas = method.takes_deltas(based=tensor.problem.based)
     stays = method.stays(tensor.problem, tensor.coefficients, differs=True)
-    results = np.empty((2, job.reference.block_span(index)[1] * 8 // full.base_type.bits), np.float32)
-    base = np.empty(results.shape[1], np.float32)
-    for row, loaded in enumerate((full, full.without(unread))):
+    elements = job.reference.block_span(index)[1] * 8 // job.reference.element_type.bits
+    results = np.empty((2, elements), np.float32)
+    base = np.empty(elements, np.float32)
+    for row, experts in enumerate(blocks):
+        loaded = load(bench, job, index, experts)
         done = 0
         for tile, out in tiles(bench, job, index, loaded, deltas=deltas, whole_rows=method.rows):
             base[done : done + out.size] = tile.base

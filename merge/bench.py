@@ -29,7 +29,7 @@ def open_bench(
         from mergepipe.merge.adapters import AdapterReader
 
         adapters = AdapterReader(reader)
-    bench = Bench(store.catalog, reader, virtual, adapters)
+    bench = Bench(store.catalog, reader, dict(virtual), adapters)
     if device != "cpu" and method is not None:
         from mergepipe.merge.torch_tiles import BLOCK_TILE_BYTES, TorchTiles
 

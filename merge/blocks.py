@@ -21,6 +21,7 @@ from mergepipe.merge.checkpoints import Finished
 from mergepipe.merge.facts import TensorFacts
 from mergepipe.merge.holding import ALL_HELD_BYTES, fits_in_memory, held_bytes
 from mergepipe.merge.job import Job
+from mergepipe.merge.levels import Previews, blocks_at, previews_of, virtual_previews
 from mergepipe.merge.method import Coefficients, Method
 from mergepipe.merge.passes import Totals, fingerprint, measure_place, recall_all, remember
 from mergepipe.merge.plan import Plan, TensorPlan
@@ -63,11 +64,15 @@ class Run:
 
 @dataclass
 class _Work:
-    """One tensor of the result, while it is made. ``reads``: for each expert the indices of its blocks to read."""
+    """One tensor of the result, while it is made.
+
+    ``reads``: for each expert the indices of its blocks to read; ``previews``: likewise, with the preview's id.
+    """
 
     facts: TensorFacts
     planned: TensorPlan
     reads: tuple[frozenset[int], ...]
+    previews: Previews
     out_type: DType
     everywhere: bool
     blocks: list[Digest]
@@ -81,12 +86,12 @@ class _Work:
         return self.facts.job
 
     def experts_at(self, index: int) -> tuple[Digest, ...]:
-        """Each expert's block where it is read, the reference's where it is not."""
-        own = self.job.reference.blocks[index]
-        return tuple(
-            entry.blocks[index] if index in indices else own
-            for entry, indices in zip(self.job.experts, self.reads, strict=True)
-        )
+        """Each expert's block where it is read, its preview where that is, the reference's block else."""
+        return blocks_at(self.facts, index, self.reads, self.previews)
+
+    def is_read(self, index: int) -> bool:
+        """Whether anything of an expert is read at a place."""
+        return any(index in indices for indices in (*self.reads, *self.previews))
 
 
 def compute(run: Run, facts: Sequence[TensorFacts], workers: int, progress: Progress | None) -> dict[str, TensorEntry]:
@@ -113,12 +118,14 @@ def _work(run: Run, facts: TensorFacts, planned: TensorPlan) -> _Work:
         facts=facts,
         planned=planned,
         reads=tuple(frozenset(indices) for indices in planned.reads),
+        previews=previews_of(facts, planned),
         out_type=out or base.element_type,
         everywhere=computed_everywhere(run.plan, facts, run.method),
         blocks=list(base.blocks),
         coefficients=facts.coefficients,
         settled=facts.settled,
     )
+    run.bench.virtual.update(virtual_previews(facts, work.previews))
     work.recipe_base = _recipe_base(run, work)
     return work
 
@@ -207,7 +214,7 @@ class _Merging:
         """The places that have to be computed; the others are finished here."""
         pending = []
         for index, own in enumerate(work.job.reference.blocks):
-            if not work.everywhere and not any(index in indices for indices in work.reads):
+            if not work.everywhere and not work.is_read(index):
                 self.run.finished.rely_on(own)
                 self._finish(work, index, own)
                 continue
@@ -226,7 +233,7 @@ class _Merging:
         """Have the system read a place's blocks; what they are deltas to is among them, or has been read before."""
         blocks = {work.job.reference.blocks[index], *work.experts_at(index)}
         made_of = [self.run.bench.virtual.get(digest) for digest in blocks]
-        real = [digest if virtual is None else virtual.block for digest, virtual in zip(blocks, made_of, strict=True)]
+        real = [digest if virtual is None else virtual.stored for digest, virtual in zip(blocks, made_of, strict=True)]
         self._preparing.submit(self.run.reader.prefetch_all, [digest for digest in real if digest is not None])
 
     def _known(self, work: _Work, index: int) -> Digest | None:

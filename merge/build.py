@@ -9,6 +9,7 @@ from mergepipe.merge.assemble import in_order, jobs_from, jobs_of, same_shapes
 from mergepipe.merge.budget import Budget
 from mergepipe.merge.checked import CheckedPlan
 from mergepipe.merge.facts import Facts, gather
+from mergepipe.merge.hints import preview_notes
 from mergepipe.merge.inputs import Model, open_models
 from mergepipe.merge.job import Job, Setting
 from mergepipe.merge.measure import measure_missing
@@ -83,6 +84,7 @@ def plan_merge(
     budget: Budget | None = None,
     dtype: str | None = None,
     allow_missing: bool = False,
+    previews: bool = True,
     progress: Progress | None = None,
     notes: list[str] | None = None,
 ) -> Plan:
@@ -90,8 +92,9 @@ def plan_merge(
 
     ``base``: None where the method needs none; then the experts are compared with the model that all were ingested
     against, or with the first of them. ``parameters`` are the method's, for the whole merge; one that each expert may
-    have is the default for all. ``allow_missing``: each tensor is merged from the models that have it. ``notes`` gets
-    what a user should know: vocabularies of different sizes are cut to the rows that all have.
+    have is the default for all. ``previews``: whether a budget may be spent on previews. ``allow_missing``: each tensor
+    is merged from the models that have it. ``notes`` gets what a user should know: vocabularies of different sizes are
+    cut to the rows that all have; a budget could be spent on previews, or cannot.
 
     Raises:
         NotFoundError: a ref does not exist.
@@ -123,7 +126,11 @@ def plan_merge(
     if draft.complete:
         tensors = {name: tensors[name] for name in in_order(tensors)}
     jobs = jobs_from(models, draft.settings, tensors)
-    return plan_jobs(store, draft, models, jobs, found, budget or Budget(), "exact" not in given, progress).plan
+    limits = budget or Budget()
+    checked = plan_jobs(store, draft, models, jobs, found, limits, "exact" not in given, progress, previews=previews)
+    if notes is not None:
+        notes += preview_notes(checked.facts, found, previews=previews)
+    return checked.plan
 
 
 def _with_common_rows(
@@ -185,6 +192,8 @@ def plan_jobs(
     budget: Budget,
     may_approximate: bool,
     progress: Progress | None,
+    *,
+    previews: bool = True,
 ) -> CheckedPlan:
     """The plan for these jobs. ``may_approximate``: nobody asked for exact thresholds.
 
@@ -197,7 +206,7 @@ def plan_jobs(
     if may_approximate:
         draft = _at_histogram_resolution(draft)
     facts = facts_of(store, models, jobs, draft.settings, method, bounded=True, progress=progress)
-    return CheckedPlan(make_plan(draft, facts, method, budget), method, models, facts)
+    return CheckedPlan(make_plan(draft, facts, method, budget, previews=previews), method, models, facts)
 
 
 def facts_of(

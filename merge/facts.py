@@ -21,6 +21,7 @@ from mergepipe.store.catalog import Catalog, Reading
 from mergepipe.store.digest import Digest
 from mergepipe.store.errors import UsageError
 from mergepipe.store.manifest import TensorEntry
+from mergepipe.store.previews import PreviewRow, find_preview
 from mergepipe.store.statistics import DeltaStatistics, unpack_histogram, unpack_statistics
 from mergepipe.store.store import Store
 
@@ -33,6 +34,7 @@ class Group:
     """Experts that have one block at a place: which, its id, and the bytes to read it.
 
     ``norm``: a bound of its delta's L2 norm, and ``sketch`` the delta's; a NaN and None where nobody asked for them.
+    ``preview``: what can be read in its stead, where there is one that takes fewer bytes.
     """
 
     experts: tuple[int, ...]
@@ -40,6 +42,7 @@ class Group:
     norm: float
     stored_bytes: int
     sketch: NDArray[np.float32] | None = None
+    preview: PreviewRow | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -197,7 +200,7 @@ class _Gathering:
                 members.setdefault(block, []).append(number)
         groups = []
         for block, numbers in members.items():
-            norm, sketch = math.nan, None
+            norm, sketch, preview = math.nan, None, None
             if self.bounded:
                 row = self.view.get("deltas", base + block)
                 if row is None:
@@ -205,7 +208,11 @@ class _Gathering:
                 else:
                     statistics = unpack_statistics(row)
                     norm, sketch = norm_bound(statistics), statistics.sketch
-            groups.append(Group(tuple(numbers), block, norm, self.reads.expert_bytes(block, base), sketch))
+                    preview = find_preview(self.view, base, block)
+            cost = self.reads.expert_bytes(block, base)
+            if preview is not None and preview.stored_bytes >= cost:
+                preview = None
+            groups.append(Group(tuple(numbers), block, norm, cost, sketch, preview))
         return tuple(groups)
 
     def _histograms(self, job: Job, lacking: set[int]) -> StoredHistograms:

@@ -30,7 +30,7 @@ class Virtual:
     """What a virtual block is computed from: a delta, and the block that it is a delta to.
 
     ``onto``: that block and its type. ``low`` with ``start``, the block's first element in its tensor; or ``block``
-    with ``dtype``, a block of a task vector.
+    with ``dtype``, a block of a task vector; or ``preview``, that of another block to ``onto``.
     """
 
     onto: tuple[Digest, DType]
@@ -38,6 +38,12 @@ class Virtual:
     low: LowRank | None = None
     block: Digest | None = None
     dtype: DType | None = None
+    preview: Digest | None = None
+
+    @property
+    def stored(self) -> Digest | None:
+        """The object that is read for it, where it is one."""
+        return self.block or self.preview
 
 
 @dataclass(frozen=True, slots=True)

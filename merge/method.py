@@ -14,7 +14,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Final, Literal
+from typing import Any, Final, Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -128,17 +128,31 @@ class Tile:
     row: int
 
 
+class Looks(NamedTuple):
+    """Previews of a place (:mod:`mergepipe.store.previews`).
+
+    ``coarse``: which experts' previews are read, (K,); ``contents``: what they hold, (K, bytes), with the codes from
+    ``start`` on; ``scales``: (K, S) float32, one for each segment of 1024 elements. Without any, all are empty.
+    """
+
+    coarse: NDArray[np.bool_]
+    contents: NDArray[np.uint8]
+    start: int
+    scales: NDArray[np.float32]
+
+
 @dataclass(frozen=True, slots=True)
 class Stack:
     """A whole block of a place where all are bfloat16: bit patterns, before anything is widened.
 
     ``blocks``: the experts', (K, n); ``present``: which of them have a block of their own, (K,), the others have the
-    base's; ``base``: (n,).
+    base's; ``base``: (n,). ``looks``: the previews of those that are read as such, where the method takes previews.
     """
 
     blocks: NDArray[np.uint16]
     present: NDArray[np.bool_]
     base: NDArray[np.uint16]
+    looks: Looks
 
 
 Apply = Callable[[Tile, Coefficients, Float32], None]
@@ -189,7 +203,9 @@ class Method:
     ``keeps(problem, coefficients)``: whether elements in which no expert differs from the base are the base's in the
     result. ``apply_stack``: a shorter way to the same result, bit for bit, from a whole bfloat16 block to another.
     ``idempotent``: inputs that are all the same give themselves, so a tensor in which no expert differs
-    anywhere stays, whatever ``keeps`` says of its places. ``pinned``: names of coefficients that a plan shows.
+    anywhere stays, whatever ``keeps`` says of its places. ``previews(problem)``: whether a coarse delta can stand for
+    the exact one: with the same coefficients the result then moves by no more than the expert's factor times what the
+    coarse one leaves out. Without it: where the result is linear. ``pinned``: names of coefficients that a plan shows.
     """
 
     name: str
@@ -211,10 +227,15 @@ class Method:
     pinned: tuple[str, ...] = ()
     apply_stack: Callable[[Stack, Coefficients, NDArray[np.uint16]], None] | None = None
     idempotent: bool = False
+    previews: Callable[[Problem], bool] | None = None
 
     def takes_deltas(self, *, based: bool) -> bool:
         """Whether a tile's experts are deltas."""
         return self.takes == "deltas" or (self.takes == "either" and based)
+
+    def takes_previews(self, problem: Problem) -> bool:
+        """Whether previews can be read in place of blocks."""
+        return self.error == "linear" if self.previews is None else self.previews(problem)
 
     def stays(self, problem: Problem, coefficients: Coefficients, *, differs: bool) -> bool:
         """Whether places in which no expert differs are the base's; ``differs``: whether one does anywhere else."""

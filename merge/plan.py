@@ -54,8 +54,9 @@ class TensorPlan:
 
     ``setting``: which of the plan's. ``sources``: the tensor's names in the reference and in each expert of the
     setting, None where they are its own. ``reads``: for each of these experts, the indices of its blocks that are read.
-    ``pinned``: the method's coefficients that a reader may want to see, such as thresholds. ``bound``: how far (L2)
-    the tensor can be from the full merge's.
+    ``previews``: likewise, the indices of the blocks of which the preview is read in place of the block; None where
+    there are none. ``pinned``: the method's coefficients that a reader may want to see, such as thresholds. ``bound``:
+    how far (L2) the tensor can be from the full merge's.
     """
 
     setting: int
@@ -63,15 +64,25 @@ class TensorPlan:
     reads: tuple[tuple[int, ...], ...]
     pinned: Mapping[str, tuple[float | int, ...]]
     bound: float
+    previews: tuple[tuple[int, ...], ...] | None = None
+
+    @property
+    def levels(self) -> tuple[tuple[frozenset[int], frozenset[int]], ...]:
+        """For each expert, the blocks that are read, and those of which the preview is."""
+        coarse = self.previews or ((),) * len(self.reads)
+        return tuple((frozenset(a), frozenset(b)) for a, b in zip(self.reads, coarse, strict=True))
 
     def as_json(self) -> dict[str, Any]:
-        return {
+        found = {
             "setting": self.setting,
             "sources": None if self.sources is None else list(self.sources),
             "reads": [format_ranges(indices) for indices in self.reads],
             "pinned": {name: list(values) for name, values in self.pinned.items()},
             "bound": self.bound,
         }
+        if self.previews is not None:
+            found["previews"] = [format_ranges(indices) for indices in self.previews]
+        return found
 
 
 @dataclass(frozen=True, slots=True)

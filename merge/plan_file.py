@@ -106,11 +106,19 @@ def _setting(value: Any, where: str, experts: int) -> Setting:
 
 
 def _tensor(value: Any, where: str, counts: list[int], ranges: Ranges) -> TensorPlan:
-    _exactly(value, where, {"setting", "sources", "reads", "pinned", "bound"})
+    coarse = {"previews"} & set(_dict(value, where))
+    _exactly(value, where, {"setting", "sources", "reads", "pinned", "bound"} | coarse)
     setting = _below(value["setting"], f"{where}.setting", len(counts))
     reads = tuple(ranges.parse(_text(item, f"{where}.reads")) for item in _list(value["reads"], where))
     if len(reads) != counts[setting]:
         raise ValueError(f"{where}: needs reads for each of the {counts[setting]} experts")
+    previews = None
+    if coarse:
+        previews = tuple(ranges.parse(_text(item, f"{where}.previews")) for item in _list(value["previews"], where))
+        if len(previews) != counts[setting] or not any(previews):
+            raise ValueError(f"{where}: needs previews for each of the {counts[setting]} experts, or none at all")
+        if any(set(exact) & set(coarse) for exact, coarse in zip(reads, previews, strict=True)):
+            raise ValueError(f"{where}: reads a block and its preview as well")
     sources = None
     if value["sources"] is not None:
         sources = tuple(_text(item, f"{where}.sources") for item in _list(value["sources"], where))
@@ -120,7 +128,7 @@ def _tensor(value: Any, where: str, counts: list[int], ranges: Ranges) -> Tensor
         name: tuple(_finite(item, f"{where}.pinned") for item in _list(values, where))
         for name, values in _dict(value["pinned"], f"{where}.pinned").items()
     }
-    return TensorPlan(setting, sources, reads, pinned, _number(value["bound"], f"{where}.bound"))
+    return TensorPlan(setting, sources, reads, pinned, _number(value["bound"], f"{where}.bound"), previews)
 
 
 def _config(value: Any) -> dict[str, str | int]:

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from mergepipe.merge.budget import Budget
-from mergepipe.merge.certificate import Item, distance, estimate, items_of
+from mergepipe.merge.certificate import Item, distance, estimate, items_of, left_out
 from mergepipe.merge.facts import Facts, TensorFacts
 from mergepipe.merge.holding import fits_in_memory
 from mergepipe.merge.method import Coefficients, Method
@@ -18,8 +18,10 @@ from mergepipe.store.dtypes import DTYPES, DType
 from mergepipe.store.errors import BudgetError, UsageError
 
 
-def make_plan(draft: Plan, facts: Facts, method: Method, budget: Budget) -> Plan:
+def make_plan(draft: Plan, facts: Facts, method: Method, budget: Budget, *, previews: bool = True) -> Plan:
     """The plan of a merge. ``draft`` has its inputs, method, settings and type, and nothing of what follows from them.
+
+    ``previews``: whether a budget may be spent on previews, where there are some and the method takes them.
 
     Raises:
         BudgetError: the budget cannot be met, or no bound exists without reading more.
@@ -30,7 +32,7 @@ def make_plan(draft: Plan, facts: Facts, method: Method, budget: Budget) -> Plan
     draft = replace(draft, budget_bytes=limit)
     if budget.covers(full) and not facts.bounded:
         return complete(draft, facts, method, None)
-    items = items_of_model(facts, method)
+    items = items_of_model(facts, method, previews=previews)
     if limit is not None and limit < facts.adapter_bytes:
         raise BudgetError(
             f"the budget is {limit} bytes, and the adapters alone, which are read whole, take {facts.adapter_bytes}",
@@ -52,9 +54,10 @@ def full_bytes(facts: Facts) -> int:
     )
 
 
-def items_of_model(facts: Facts, method: Method) -> list[Item]:
+def items_of_model(facts: Facts, method: Method, *, previews: bool = True) -> list[Item]:
     """All that can be read or left out, tensor by tensor."""
-    return [item for number, tensor in enumerate(facts.tensors) for item in items_of(number, tensor, method)]
+    numbered = enumerate(facts.tensors)
+    return [item for number, tensor in numbered for item in items_of(number, tensor, method, previews=previews)]
 
 
 def complete(draft: Plan, facts: Facts, method: Method, choice: tuple[Sequence[Item], set[int]] | None) -> Plan:
@@ -71,17 +74,18 @@ def complete(draft: Plan, facts: Facts, method: Method, choice: tuple[Sequence[I
     full = full_bytes(facts)
     if choice is None:
         reads = {number: everything(tensor) for number, tensor in enumerate(facts.tensors) if tensor.places}
-        tensors, costs = _tensor_plans(draft, facts, method, reads, {})
+        tensors, costs = _tensor_plans(draft, facts, method, reads, {}, {})
         nothing_left = Bound(0.0, 0.0, 0.0, None)
         return replace(draft, tensors=tensors, costs=replace(costs, expert_bytes=full), bound=nothing_left)
     items, chosen = choice
-    unread = [item for number, item in enumerate(items) if number not in chosen]
+    unread = left_out(items, chosen)
     bound = _bound(items, unread, facts)
     left: dict[int, list[Item]] = {}
     for item in unread:
         left.setdefault(item.tensor, []).append(item)
-    reads = _reads(facts.tensors, [items[number] for number in sorted(chosen)])
-    tensors, costs = _tensor_plans(draft, facts, method, reads, left)
+    exact, coarse = _read_items(items, chosen)
+    reads, previews = _reads(facts.tensors, exact), _reads(facts.tensors, coarse)
+    tensors, costs = _tensor_plans(draft, facts, method, reads, previews, left)
     expert_bytes = facts.adapter_bytes + sum(items[number].stored_bytes for number in chosen)
     return replace(draft, tensors=tensors, costs=replace(costs, expert_bytes=expert_bytes), bound=bound)
 
@@ -101,7 +105,7 @@ def _check_block_sizes(facts: Sequence[TensorFacts], dtype: DType) -> None:
 
 def update_bound(items: Sequence[Item]) -> float:
     """The bound on the whole update, without what has none and so has to be read."""
-    return distance([item for item in items if math.isfinite(item.error)])
+    return distance([item for item in left_out(items, ()) if math.isfinite(item.error)])
 
 
 def _bound(items: Sequence[Item], unread: Sequence[Item], facts: Facts) -> Bound:
@@ -124,6 +128,17 @@ def everything(facts: TensorFacts) -> list[list[int]]:
             for expert in group.experts:
                 reads[expert].append(place.index)
     return reads
+
+
+def _read_items(items: Sequence[Item], chosen: set[int]) -> tuple[list[Item], list[Item]]:
+    """Of the chosen items, those whose blocks are read, and those of which the preview alone is."""
+    exact, coarse = [], []
+    for number in sorted(chosen):
+        if not items[number].preview:
+            exact.append(items[number])
+        elif number + 1 not in chosen:
+            coarse.append(items[number])
+    return exact, coarse
 
 
 def _reads(facts: Sequence[TensorFacts], chosen: Sequence[Item]) -> dict[int, list[list[int]]]:
@@ -166,13 +181,15 @@ def _tensor_plans(
     facts: Facts,
     method: Method,
     reads: Mapping[int, list[list[int]]],
+    previews: Mapping[int, list[list[int]]],
     left: Mapping[int, list[Item]],
 ) -> tuple[dict[str, TensorPlan], Costs]:
     plans: dict[str, TensorPlan] = {}
     base_bytes = computed = referenced = 0
     for number, tensor in enumerate(facts.tensors):
         lists = reads.get(number, [[] for _ in tensor.job.experts])
-        touched = set().union(*lists)
+        coarse = previews.get(number, [[] for _ in tensor.job.experts])
+        touched = set().union(*lists, *coarse)
         blocks = len(tensor.entry.blocks)
         if computed_everywhere(draft, tensor, method):
             touched = set(range(blocks))
@@ -188,6 +205,7 @@ def _tensor_plans(
                 setting=tensor.job.setting,
                 sources=tensor.job.sources,
                 reads=tuple(tuple(sorted(indices)) for indices in lists),
+                previews=tuple(tuple(sorted(indices)) for indices in coarse) if any(coarse) else None,
                 pinned=pinned(method, tensor.coefficients) if tensor.settled and tensor.places else {},
                 bound=distance(left.get(number, [])),
             )

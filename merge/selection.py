@@ -10,8 +10,9 @@ what cancels is left out together.
 
 *by norm*, for a bound on the error: what counts is the bound itself, as if all that is missing at a place adds up.
 
-At a place the order is greedy, by the drop for each byte. Its steps are the vertices of the lower convex hull of (bytes
-read, what is missing), so they are worth less and less, and sorting them all is the greedy choice over the model.
+At a place the order is greedy, by the drop for each byte; what a block adds to its preview comes after that. Its steps
+are the vertices of the lower convex hull of (bytes read, what is missing), so they are worth less and less, and sorting
+them all is the greedy choice over the model: the multiple-choice knapsack's, up to one step.
 
 A budget takes the longest beginning of the sequence that fits, and one step more at the edge. Or a single step, where
 that has the lower bound: a large step is not kept out by small ones before it. Both have a bound that no larger budget
@@ -76,25 +77,30 @@ def select_within_error(items: Sequence[Item], bound: float) -> list[int]:
 def by_sketch(items: Sequence[Item]) -> list[Step]:
     """All items in the order in which the likely error falls fastest."""
     rows = list(_rows(items))
-    return _sequence(items, rows, Cosines(items, rows).at)
+    return _sequence(
+        items, rows, np.array([item.size or item.error for item in items], np.float64), Cosines(items, rows).at
+    )
 
 
 def by_norm(items: Sequence[Item]) -> list[Step]:
     """All items in the order in which the bound falls fastest."""
-    return _sequence(items, list(_rows(items)), lambda numbers: np.ones((*numbers.shape, 1)))
+    errors = np.array([item.error for item in items], np.float64)
+    return _sequence(items, list(_rows(items)), errors, lambda numbers: np.ones((*numbers.shape, 1)))
 
 
-def _sequence(items: Sequence[Item], rows: Sequence[Numbers], cosines: Callable[[Numbers], Floats]) -> list[Step]:
-    """``cosines``: of items (P, K), those between the items of one row (P, K, K)."""
+def _sequence(
+    items: Sequence[Item], rows: Sequence[Numbers], lengths: Floats, cosines: Callable[[Numbers], Floats]
+) -> list[Step]:
+    """``lengths``: of all items. ``cosines``: of items (P, K), those between the items of one row (P, K, K)."""
     free = [number for number, item in enumerate(items) if not item.stored_bytes]
     boundless = [number for number, item in enumerate(items) if item.stored_bytes and not math.isfinite(item.error)]
     costs = np.array([item.stored_bytes for item in items], np.float64)
-    lengths = np.array([item.error for item in items], np.float64)
+    later = np.array([item.after for item in items], np.bool_)
     runs: list[_Run] = []
     for numbers in rows:
         own = lengths[numbers]
         gram = own[:, :, None] * own[:, None, :] * cosines(numbers)
-        runs += _runs_of(numbers, gram, costs[numbers])
+        runs += _runs_of(numbers, gram, costs[numbers], later[numbers])
     runs.sort(key=lambda run: (-run.worth, run.place, run.number))
     first = [_Run(math.inf, 0, 0, (number,), True, head=True) for number in (*free, *boundless)]
     return _with_bounds(items, [*first, *runs])
@@ -127,11 +133,12 @@ def _rows(items: Sequence[Item]) -> Iterator[Numbers]:
             yield np.array(rows[first : first + most], np.intp)
 
 
-def _runs_of(numbers: Numbers, gram: Floats, costs: Floats) -> Iterator[_Run]:
-    """The steps of P places. ``numbers`` and ``costs`` are (P, K), ``gram`` (P, K, K)."""
-    order, gains = _greedy(gram, costs)
+def _runs_of(numbers: Numbers, gram: Floats, costs: Floats, later: NDArray[np.bool_]) -> Iterator[_Run]:
+    """The steps of P places. ``numbers``, ``costs`` and ``later`` are (P, K), ``gram`` (P, K, K)."""
+    order, gains = _greedy(gram, costs, later)
     starts, worth = _hull(gains, np.take_along_axis(costs, order, 1))
-    early = 2 * gram.sum(2) - np.diagonal(gram, axis1=1, axis2=2) > 0  # worth reading first at its place
+    # Worth reading first at its place, and possible.
+    early = (2 * gram.sum(2) - np.diagonal(gram, axis1=1, axis2=2) > 0) & ~later
     ordered = np.take_along_axis(numbers, order, 1)
     opening = np.take_along_axis(early, order, 1)
     for place in range(len(numbers)):
@@ -143,22 +150,25 @@ def _runs_of(numbers: Numbers, gram: Floats, costs: Floats) -> Iterator[_Run]:
             yield _Run(slope, int(numbers[place, 0]), step, tuple(members[start:end]), opens)
 
 
-def _greedy(gram: Floats, costs: Floats) -> tuple[NDArray[np.intp], Floats]:
+def _greedy(gram: Floats, costs: Floats, later: NDArray[np.bool_]) -> tuple[NDArray[np.intp], Floats]:
     """An order of the K items of each place, by the drop of what is missing for each byte, and the drops: both (P, K).
 
-    Each drop is summed anew: taking one product off a sum would leave nothing of small ones beside large ones.
+    ``later``: items that can only come after the one before them in their row.
+        Each drop is summed anew: taking one product off a sum would leave nothing of small ones beside large ones.
     """
     places, count = costs.shape
     every = np.arange(places)
     own = np.diagonal(gram, axis1=1, axis2=2)
     unread = np.ones((places, count))
+    barred = later.copy()
     order = np.empty((places, count), np.intp)
     gains = np.empty((places, count))
     for step in range(count):
         gain = 2 * (gram * unread[:, None, :]).sum(2) - own
-        pick = np.where(unread > 0, gain / costs, -np.inf).argmax(1)
+        pick = np.where((unread > 0) & ~barred, gain / costs, -np.inf).argmax(1)
         order[:, step], gains[:, step] = pick, gain[every, pick]
         unread[every, pick] = 0
+        barred[every, np.minimum(pick + 1, count - 1)] = False
     return order, gains
 
 

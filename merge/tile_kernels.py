@@ -11,11 +11,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mergepipe.merge.kernels import dividing
+from mergepipe.merge.method import Looks
 from mergepipe.store.kernels import compiled, inlined
+from mergepipe.store.preview_kernels import SEGMENT
 
 Bits = NDArray[np.uint16]
 Floats = NDArray[np.float32]
 _PIECE = 2048
+_QUARTER = SEGMENT // 4
 
 
 @compiled
@@ -76,26 +79,50 @@ def _narrowed(value: np.float32) -> np.uint16:
     return quiet if np.uint32(x & np.uint32(0x7FFFFFFF)) > np.uint32(0x7F800000) else rounded
 
 
+@inlined
+def _look(codes: NDArray[np.uint8], quarter: int, j: int) -> np.float32:
+    """The sign of an element's code, or zero, as :func:`mergepipe.store.preview_kernels.unpack_segment` has it."""
+    code = np.int32((codes[j] >> np.uint8(2 * quarter)) & np.uint8(3))
+    return np.float32((code & np.int32(1)) - (code >> np.int32(1)))
+
+
 @dividing
 def add_weighted_stack(
     stack: Bits,
     present: NDArray[np.bool_],
     base: Bits,
+    looks: Looks,
     weights: Floats,
     scale: np.float32,
     divisor: np.float32,
     out: Bits,
 ) -> None:
     """:func:`mergepipe.merge.kernels.add_weighted` of a whole block, operation by operation, without tiles."""
-    total = np.empty(_PIECE, np.float32)
-    origin = np.empty(_PIECE, np.float32)
+    total = np.empty(SEGMENT, np.float32)
+    origin = np.empty(SEGMENT, np.float32)
     zero, one = np.float32(0), np.float32(1)
-    for start in range(0, base.size, _PIECE):
-        old, new = base[start : start + _PIECE], out[start : start + _PIECE]
+    for start in range(0, base.size, SEGMENT):
+        old, new = base[start : start + SEGMENT], out[start : start + SEGMENT]
         for i in range(old.size):
             origin[i] = _widened(old[i])
+            total[i] = zero
         for k in range(weights.size):
-            weight, row = weights[k], stack[k][start : start + _PIECE]
+            weight = weights[k]
+            if looks.coarse[k]:
+                segment = start // SEGMENT
+                size = looks.scales[k, segment]
+                first = looks.start + segment * _QUARTER
+                codes = looks.contents[k][first : first + _QUARTER]
+                for quarter in range(4):
+                    part = total[quarter * _QUARTER : (quarter + 1) * _QUARTER]
+                    if k == 0:
+                        for j in range(_QUARTER):
+                            part[j] = weight * (size * _look(codes, quarter, j))
+                    else:
+                        for j in range(_QUARTER):
+                            part[j] += weight * (size * _look(codes, quarter, j))
+                continue
+            row = stack[k][start : start + SEGMENT]
             if not present[k]:
                 for i in range(old.size):
                     total[i] = weight * zero if k == 0 else total[i] + weight * zero
@@ -114,16 +141,40 @@ def add_weighted_stack(
 
 @dividing
 def weighted_sum_stack(
-    stack: Bits, present: NDArray[np.bool_], base: Bits, weights: Floats, divisor: np.float32, out: Bits
+    stack: Bits,
+    present: NDArray[np.bool_],
+    base: Bits,
+    looks: Looks,
+    weights: Floats,
+    divisor: np.float32,
+    out: Bits,
 ) -> None:
     """:func:`mergepipe.merge.kernels.weighted_sum` of a whole block, operation by operation, without tiles."""
-    total = np.empty(_PIECE, np.float32)
+    total = np.empty(SEGMENT, np.float32)
+    origin = np.empty(SEGMENT, np.float32)
     one = np.float32(1)
-    for start in range(0, base.size, _PIECE):
-        old, new = base[start : start + _PIECE], out[start : start + _PIECE]
+    for start in range(0, base.size, SEGMENT):
+        old, new = base[start : start + SEGMENT], out[start : start + SEGMENT]
+        for i in range(old.size):
+            origin[i] = _widened(old[i])
         for k in range(weights.size):
             weight = weights[k]
-            row = stack[k][start : start + _PIECE] if present[k] else old
+            if looks.coarse[k]:
+                segment = start // SEGMENT
+                size = looks.scales[k, segment]
+                first = looks.start + segment * _QUARTER
+                codes = looks.contents[k][first : first + _QUARTER]
+                for quarter in range(4):
+                    part = total[quarter * _QUARTER : (quarter + 1) * _QUARTER]
+                    there = origin[quarter * _QUARTER : (quarter + 1) * _QUARTER]
+                    if k == 0:
+                        for j in range(_QUARTER):
+                            part[j] = weight * (size * _look(codes, quarter, j) + there[j])
+                    else:
+                        for j in range(_QUARTER):
+                            part[j] += weight * (size * _look(codes, quarter, j) + there[j])
+                continue
+            row = stack[k][start : start + SEGMENT] if present[k] else old
             if k == 0:
                 for i in range(old.size):
                     total[i] = weight * _widened(row[i])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Final
 
@@ -12,14 +12,16 @@ from numpy.typing import NDArray
 
 from mergepipe.merge.inputs import Virtual
 from mergepipe.merge.job import Job
-from mergepipe.merge.method import Coefficients, Method, Stack, Tile
+from mergepipe.merge.method import Coefficients, Looks, Method, Stack, Tile
 from mergepipe.store.base_block import BaseBlock
 from mergepipe.store.catalog import Catalog
 from mergepipe.store.codecs import Bytes, scratch
 from mergepipe.store.convert import from_float32
 from mergepipe.store.digest import Digest
 from mergepipe.store.dtypes import DType
+from mergepipe.store.errors import DamagedError
 from mergepipe.store.objects import ObjectReader, Role
+from mergepipe.store.previews import Preview, content_size, read_preview
 from mergepipe.store.statistics import to_float32
 
 if TYPE_CHECKING:
@@ -33,13 +35,14 @@ _STEP: Final = 1024
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """One expert's block, decoded. ``virtual``: ``block`` is what that is computed from, and ``onto`` what it is
-    added to, where that is not the reference's block."""
+    """One expert's block, decoded. ``virtual``: ``block`` or ``preview`` is what that is computed from, and ``onto``
+    what it is added to, where that is not the reference's block."""
 
     dtype: DType
     block: Bytes | None
     virtual: Virtual | None = None
     onto: Bytes | None = None
+    preview: Preview | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,7 +50,7 @@ class Loaded:
     """A place's inputs, decoded. ``root``: what a delta of the result may be stored against.
 
     A part that is None is the reference's own block. ``stack``: where all are bfloat16 and lie in the store, their
-    blocks as one array (K, elements); the parts' blocks are then its rows.
+    blocks as one array (K, elements); the parts' blocks are then its rows, but for those of which the preview was read.
     """
 
     base: Bytes
@@ -59,7 +62,7 @@ class Loaded:
     @property
     def present(self) -> NDArray[np.bool_]:
         """Which experts have a block of their own, (K,)."""
-        return np.array([part is not None for part in self.parts], np.bool_)
+        return np.array([part is not None and part.block is not None for part in self.parts], np.bool_)
 
     def arrays(self) -> Iterator[Bytes]:
         """The memory of a held place, each array at least once."""
@@ -74,12 +77,35 @@ class Loaded:
 
     def as_stack(self) -> Stack | None:
         """The whole block for methods that have a short way for it."""
-        return None if self.stack is None else Stack(self.stack, self.present, self.base.view("<u2"))
+        if self.stack is None:
+            return None
+        base = self.base.view("<u2")
+        return Stack(self.stack, self.present, base, self._looks(base.size) or _no_looks(len(self.parts)))
+
+    def _looks(self, elements: int) -> Looks | None:
+        """The previews that were read, side by side, as :func:`load` laid them."""
+        found = [(number, part.preview) for number, part in enumerate(self.parts) if part and part.preview]
+        if not found:
+            return None
+        count = len(self.parts)
+        coarse = np.zeros(count, np.bool_)
+        scales = scratch.bytes("scales", count * found[0][1].scales.size * 4).view(np.float32).reshape(count, -1)
+        for number, preview in found:
+            coarse[number] = True
+            scales[number] = preview.scales
+        size = content_size(elements)
+        contents = scratch.bytes("previews", count * size).reshape(count, size)
+        return Looks(coarse, contents, size - found[0][1].codes.size, scales)
 
     def without(self, unread: Collection[int]) -> Loaded:
         """The same place as if these experts had not been read."""
         parts = tuple(None if number in unread else part for number, part in enumerate(self.parts))
         return replace(self, parts=parts)
+
+
+def _no_looks(experts: int) -> Looks:
+    nothing = np.empty((experts, 0), np.uint8)
+    return Looks(np.zeros(experts, np.bool_), nothing, 0, nothing.view(np.float32))
 
 
 def apply_here(method: Method, tile: Tile, coefficients: Coefficients, out: NDArray[np.float32]) -> None:
@@ -124,7 +150,7 @@ class Bench:
 
     catalog: Catalog
     reader: ObjectReader
-    virtual: Mapping[Digest, Virtual] = field(default_factory=dict)
+    virtual: dict[Digest, Virtual] = field(default_factory=dict)
     adapters: AdapterReader | None = None
     apply: Callable[[Method, Tile, Coefficients, NDArray[np.float32]], None] = apply_here
     tile_bytes: int = _CACHE_BYTES
@@ -146,7 +172,8 @@ def load(bench: Bench, job: Job, index: int, experts: tuple[Digest, ...], *, hel
     base.load(own, size)
     assert base.root is not None
     stack = _stack(bench, job, experts, size, held=held)
-    reading = _Reading(bench, base, size * 8 // base_type.bits, None if stack is None else stack.view(np.uint8))
+    rows = None if stack is None else stack.view(np.uint8)
+    reading = _Reading(bench, base, size * 8 // base_type.bits, len(experts), rows)
     parts = tuple(
         None if digest == own else reading.part(number, digest, entry.element_type)
         for number, (digest, entry) in enumerate(zip(experts, job.experts, strict=True))
@@ -159,7 +186,7 @@ def _stack(bench: Bench, job: Job, experts: tuple[Digest, ...], size: int, *, he
     """Room for all experts' blocks at once, where they are of the kind that has a short way to tiles."""
     if not experts or job.reference.dtype != "BF16" or any(entry.dtype != "BF16" for entry in job.experts):
         return None
-    if any(digest in bench.virtual for digest in experts):
+    if any(digest in bench.virtual and bench.virtual[digest].preview is None for digest in experts):
         return None
     total = size * len(experts)
     room = bench.pool.take(total) if held else scratch.bytes("experts", total)
@@ -197,6 +224,7 @@ class _Reading:
     bench: Bench
     base: BaseBlock
     elements: int
+    experts: int
     stack: NDArray[np.uint8] | None
     known: dict[tuple[Digest, Digest], Bytes] = field(default_factory=dict)
 
@@ -206,6 +234,8 @@ class _Reading:
             return Part(dtype, self._row(self.stack[number], digest))
         if made_of is None:
             return Part(dtype, self._block(f"expert{number}", digest, dtype, digest))
+        if made_of.preview is not None:
+            return Part(dtype, None, made_of, None, self._preview(number, made_of.preview))
         block = None
         if made_of.block is not None and made_of.dtype is not None:
             block = self._block(f"expert{number}", made_of.block, made_of.dtype, digest)
@@ -221,6 +251,20 @@ class _Reading:
             self.bench.reader.read_block(digest, row, Role.EXPERT, self.base.root)
             self.known[digest, digest] = row
         return row
+
+    def _preview(self, number: int, digest: Digest) -> Preview:
+        """One expert's preview, in its row of all; one that several have is read once, and copied."""
+        size = content_size(self.elements)
+        content = scratch.bytes("previews", size * self.experts)[number * size : (number + 1) * size]
+        if (digest, digest) in self.known:
+            content[:] = self.known[digest, digest]
+        else:
+            self.bench.reader.read_block(digest, content, Role.EXPERT)
+            self.known[digest, digest] = content
+        try:
+            return read_preview(content)
+        except ValueError as error:
+            raise DamagedError(f"object {digest.short} is no preview of its block: {error}") from error
 
     def _block(self, buffer: str, digest: Digest, dtype: DType, owner: Digest) -> Bytes:
         if (owner, digest) not in self.known:
@@ -258,6 +302,9 @@ def tiles(
         experts, base_tile, result = rows[:-2], rows[-2], rows[-1]
         if loaded.stack is not None:
             fill(loaded.stack, present, loaded.base.view("<u2"), start, rows)
+            for part, out in zip(loaded.parts, experts, strict=True):
+                if part is not None and part.preview is not None:
+                    _fill_virtual(bench, part, first + start, start, base_tile, out, deltas=deltas)
             yield Tile(base_tile, experts, first + start, row), result
             continue
         widen(loaded.base, loaded.base_type, start, base_tile)
@@ -337,6 +384,8 @@ def _fill_virtual(
     if part.virtual.low is not None:
         assert bench.adapters is not None
         bench.adapters.delta_into(part.virtual.low, element, out)
+    elif part.preview is not None:
+        part.preview.delta_into(start, out)
     else:
         assert part.block is not None
         assert part.virtual.dtype is not None

@@ -125,19 +125,14 @@ def _check_reads_everything(plan: Plan, facts: Facts) -> None:
     for tensor in facts.tensors:
         planned = plan.tensors.get(tensor.name)
         wanted = tuple(tuple(sorted(indices)) for indices in everything(tensor))
-        if (planned.reads if planned else ((),) * len(wanted)) != wanted:
+        if (planned.reads if planned else ((),) * len(wanted)) != wanted or (planned and planned.previews):
             raise BadInputError(f"the plan says that it reads everything, and does not in {tensor.name!r}", hint=_AGAIN)
 
 
 def _chosen(plan: Plan, facts: Facts, items: Sequence[Item]) -> set[int]:
     """Numbers of the items that the plan reads; raises BadInputError where its reads are no set of items."""
-    reads = {
-        (tensor.name, index, expert)
-        for tensor in facts.tensors
-        if tensor.name in plan.tensors
-        for expert, indices in enumerate(plan.tensors[tensor.name].reads)
-        for index in indices
-    }
+    exact = _places_read(plan, facts, coarse=False)
+    coarse = _places_read(plan, facts, coarse=True)
     groups = {
         (number, place.index): place.groups for number, tensor in enumerate(facts.tensors) for place in tensor.places
     }
@@ -149,18 +144,40 @@ def _chosen(plan: Plan, facts: Facts, items: Sequence[Item]) -> set[int]:
             for group in item.groups
             for expert in groups[item.tensor, item.index][group].experts
         }
-        if members <= reads:
+        wanted = exact | coarse if item.preview else exact
+        if members <= wanted:
             chosen.add(number)
-        elif members & reads:
+        elif members & wanted:
             raise BadInputError(f"the plan reads a part of what belongs together in {name!r}", hint=_AGAIN)
-        reads -= members
-    if reads:
-        name, index, expert = min(reads)
+        if item.preview:
+            coarse -= members
+        else:
+            exact -= members
+    if coarse:
+        name, index, expert = min(coarse)
+        raise BadInputError(
+            f"the plan reads a preview of block {index} of {name!r} of expert {expert}, and this store has none that "
+            "is worth it",
+            hint="Make it with `mp analyze EXPERT --previews`, or make the plan again.",
+        )
+    if exact:
+        name, index, expert = min(exact)
         raise BadInputError(
             f"the plan reads block {index} of {name!r} of expert {expert}, which is the base's own, or does not exist",
             hint=_AGAIN,
         )
     return chosen
+
+
+def _places_read(plan: Plan, facts: Facts, *, coarse: bool) -> set[tuple[str, int, int]]:
+    """Tensor, block and expert of all that the plan reads, or of all previews that it reads."""
+    return {
+        (tensor.name, index, expert)
+        for tensor in facts.tensors
+        if tensor.name in plan.tensors
+        for expert, levels in enumerate(plan.tensors[tensor.name].levels)
+        for index in levels[coarse]
+    }
 
 
 def _difference(found: Any, claimed: Any, path: tuple[str, ...] = ()) -> str | None:

@@ -31,7 +31,9 @@ Result = TypeVar("Result")
 Databases: TypeAlias = dict[str, Any]
 DATABASES: Final = (
     "objects", "deltas", "tensors", "commits", "children", "refs", "reflog", "results", "meta", "damaged",
+    "previews",
 )  # fmt: skip
+_LATER: Final = ("previews",)  # databases that the first stores did not have
 _DATA: Final = "data.mdb"
 _ENGINE: Final = 0  # LMDB 0.9's file format; 1.0's differs, and only one of them can open a file
 _MAP_BYTES: Final = 64 << 30  # reserved address space, not disk
@@ -103,7 +105,13 @@ class Catalog:
             raise _explain(error, path) from error
 
     def _open_database(self, name: str) -> Any:
-        return self._env.open_db(name.encode(), create=not self.read_only)
+        """A database's handle; None where a store that cannot be written was made before there was this one."""
+        try:
+            return self._env.open_db(name.encode(), create=not self.read_only)
+        except lmdb.NotFoundError:
+            if name not in _LATER:
+                raise
+            return None
 
     def read_ahead(self) -> None:
         """Have the system read the catalog, before many large rows are wanted, if it is small enough; never fails."""
@@ -167,12 +175,16 @@ class Reading:
         self._databases = databases
 
     def get(self, database: str, key: bytes) -> bytes | None:
+        if self._databases[database] is None:
+            return None
         value: Any = self._transaction.get(key, db=self._databases[database])
         found: bytes | None = value  # a memoryview only where buffers were asked for
         return found
 
     def items(self, database: str, prefix: bytes = b"", *, reverse: bool = False) -> Iterator[tuple[bytes, bytes]]:
         """All rows whose key begins with ``prefix``, in key order."""
+        if self._databases[database] is None:
+            return
         cursor: Any = self._transaction.cursor(db=self._databases[database])
         if reverse:
             # The key after the last one with this prefix: step back from there.
@@ -189,6 +201,8 @@ class Reading:
 
     def count(self, database: str) -> int:
         """Rows of a database."""
+        if self._databases[database] is None:
+            return 0
         entries: int = self._transaction.stat(db=self._databases[database])["entries"]
         return entries
 

@@ -38,13 +38,14 @@ _NO_BASE: Final = bytes(32)
 
 
 class Kind(IntEnum):
-    """What an object is. Blocks and files share one id space; the others have one each."""
+    """What an object is. Blocks, files and previews share one id space; the others have one each."""
 
     BLOCK = 1
     FILE = 2
     NODE = 3
     COMMIT = 4
     PLAN = 5
+    PREVIEW = 6
 
 
 class Encoding(IntEnum):

@@ -41,6 +41,7 @@ class IngestResult:
 
     ``raw_bytes``: tensors and files as they came. ``stored_bytes``: all of its objects as they lie in the store.
     ``written_bytes``: those of them that this ingest wrote. ``reused_blocks``: blocks that were there already.
+    ``previews``: how many were made, and ``preview_bytes`` their files, which are not in the other numbers.
     """
 
     ref: str
@@ -53,6 +54,8 @@ class IngestResult:
     reused_blocks: int
     elapsed_seconds: float
     unchanged: bool = False
+    previews: int = 0
+    preview_bytes: int = 0
     notes: tuple[str, ...] = ()
 
 
@@ -88,30 +91,46 @@ def ingest(
     base_name: str = "",
     message: str = "",
     author: str = "",
+    previews: bool = False,
     workers: int | None = None,
     progress: Progress | None = None,
 ) -> list[IngestResult]:
     """Store checkpoints; each becomes a commit that ``ref`` (default: its folder's name) points at.
 
+    ``previews``: make the previews of their deltas to the base as well (:mod:`mergepipe.store.previews`).
+
     Raises:
+        UsageError: ``previews`` are wanted, and there is no base.
         BadInputError: a checkpoint cannot be trusted, or does not fit the base.
         ConflictError: a ref moved meanwhile.
         EnvironmentalError: the disk is full, or the like. The store is then as it was.
     """
     started = time.monotonic()
+    if previews and base is None:
+        raise UsageError(
+            "previews are of differences, and there is no base to differ from",
+            hint="Name the base with --base REF, or leave --previews out.",
+        )
     names = _ref_names(paths, ref)
     arrivals: list[_Arrival] = []
     try:
         for path, name in zip(paths, names, strict=True):
             arrivals.append(_arrive(store, path, name, base, base_name))
+            if previews and arrivals[-1].checkpoint.is_adapter:
+                arrivals[-1].checkpoint.notes.append(f"{path}: an adapter has no previews; it takes few bytes itself")
         with Staging(store.layout, store.catalog) as staging:
-            pipeline = _read_everything(store, staging, arrivals, workers, progress)
+            pipeline = _read_everything(store, staging, arrivals, workers, progress, previews=previews)
             for arrival in arrivals:
                 arrival.checkpoint.check_unchanged()
-            changes = Changes(deltas=pipeline.deltas, tensors=pipeline.tensor_rows, relied_on=tuple(pipeline.relied_on))
+            changes = Changes(
+                deltas=pipeline.deltas,
+                tensors=pipeline.tensor_rows,
+                previews=pipeline.previews,
+                relied_on=tuple(pipeline.relied_on),
+            )
             request = _Request(base.commit_id if base is not None else None, base_name, message, author)
             results = [_commit(store, staging, arrival, request, changes) for arrival in arrivals]
-            if changes.commits or changes.deltas or changes.tensors or staging.rows:
+            if changes.commits or changes.deltas or changes.tensors or changes.previews or staging.rows:
                 publish(store.catalog, staging, changes)
             return [_finished(store, result, started) for result in results]
     finally:
@@ -180,11 +199,17 @@ def _rows_agree(work: TensorWork) -> bool:
 
 
 def _read_everything(
-    store: Store, staging: Staging, arrivals: list[_Arrival], workers: int | None, progress: Progress | None
+    store: Store,
+    staging: Staging,
+    arrivals: list[_Arrival],
+    workers: int | None,
+    progress: Progress | None,
+    *,
+    previews: bool,
 ) -> BlockPipeline:
     total = sum(work.source.dtype.nbytes(_count(work)) for a in arrivals for work in a.works)
     advance = counter(progress, "ingest", total)
-    pipeline = BlockPipeline(store.catalog, store.reader, staging, workers or default_workers(), advance)
+    pipeline = BlockPipeline(store.catalog, store.reader, staging, workers or default_workers(), advance, previews)
     groups: dict[str, list[TensorWork]] = {}
     for arrival in arrivals:
         for work in arrival.works:
@@ -263,6 +288,8 @@ def _commit(store: Store, staging: Staging, arrival: _Arrival, request: _Request
         reused_blocks=sum(work.reused for work in arrival.works),
         elapsed_seconds=0.0,
         unchanged=unchanged is not None,
+        previews=sum(work.previews for work in arrival.works),
+        preview_bytes=sum(work.preview_bytes for work in arrival.works),
         notes=tuple(arrival.checkpoint.notes),
     )
 

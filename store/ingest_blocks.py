@@ -26,11 +26,9 @@ from mergepipe.store.manifest import TensorEntry
 from mergepipe.store.norms import HISTOGRAM_BINS
 from mergepipe.store.objects import ObjectReader
 from mergepipe.store.parallel import run_bounded
+from mergepipe.store.previews import lacks_preview, preview_key, store_preview
 from mergepipe.store.staging import Staging
-from mergepipe.store.statistics import (
-    block_statistics,
-    pack_histogram,
-)
+from mergepipe.store.statistics import DeltaStatistics, block_statistics, pack_histogram
 
 Item = TypeVar("Item")
 _PREFETCH_BLOCKS = 6
@@ -50,6 +48,8 @@ class TensorWork:
     uncounted: list[int] = field(default_factory=list)
     reused: int = 0
     written_bytes: int = 0
+    previews: int = 0
+    preview_bytes: int = 0
 
     def span(self, index: int) -> tuple[int, int]:
         start, count = block_elements(self.source.shape, self.chunks, index)
@@ -84,8 +84,8 @@ def plan_tensor(name: str, source: TensorSource, base: TensorEntry | None, targe
 class BlockPipeline:
     """Runs tensors of several checkpoints through reading, hashing, encoding and statistics.
 
-    After :meth:`run`, ``deltas`` and ``tensor_rows`` hold the catalog rows to publish, ``relied_on`` the ids of
-    objects that were in the store already.
+    After :meth:`run`, ``deltas``, ``previews`` and ``tensor_rows`` hold the catalog rows to publish, ``relied_on`` the
+    ids of objects that were in the store already.
     """
 
     catalog: Catalog
@@ -93,11 +93,15 @@ class BlockPipeline:
     staging: Staging
     workers: int
     advance: Callable[[int], None]
+    with_previews: bool = False
+    previews: dict[bytes, bytes] = field(default_factory=dict)
     deltas: dict[bytes, bytes] = field(default_factory=dict)
     tensor_rows: dict[bytes, bytes] = field(default_factory=dict)
     relied_on: set[Digest] = field(default_factory=set)
     _lock: threading.Lock = field(default_factory=threading.Lock)
     _stopped: bool = False
+    _looked_into: set[bytes] = field(default_factory=set)
+    _put_off: list[tuple[TensorWork, int]] = field(default_factory=list)
 
     def run(self, groups: Iterable[list[TensorWork]]) -> None:
         """Process groups of tensors that share a name, and so a base, block by block."""
@@ -108,6 +112,10 @@ class BlockPipeline:
             except BaseException:
                 self._stopped = True
                 raise
+        put_off, self._put_off = self._put_off, []
+        for work, index in put_off:
+            digest, data, base = self._read_again(work, index)
+            self._preview(work, index, digest, data, base)
 
     def _place(self, place: tuple[list[TensorWork], int]) -> None:
         group, index = place
@@ -130,7 +138,10 @@ class BlockPipeline:
             new = self.staging.claim(digest)
             comparable = at_base is not None and _comparable(work)
             unmeasured = comparable and at_base is not None and not self._has_statistics(at_base[0], digest)
-            if at_base is not None and (unmeasured or (new and at_base[1] == size)):
+            unseen = (
+                self.with_previews and comparable and at_base is not None and self._lacks_preview(at_base[0], digest)
+            )
+            if at_base is not None and (unmeasured or unseen or (new and at_base[1] == size)):
                 base.load(*at_base)
             if new:
                 written = self._store(work, digest, data, base, at_base)
@@ -139,6 +150,10 @@ class BlockPipeline:
             if unmeasured and at_base is not None:
                 self._measure(work, digest, data, base.own, at_base[0])
                 measured = True
+            if unseen and at_base is not None:
+                if not measured:
+                    self._histogram(work, data, base.own)
+                self._preview(work, index, digest, data, base)
         elif self.staging.claim(digest):  # the base's own object was lost: write it anew
             written = self.staging.add_block(Kind.BLOCK, digest, data, work.source.dtype.plane_bytes).stored_bytes
         else:
@@ -168,13 +183,42 @@ class BlockPipeline:
             return view.get("deltas", key) is not None
 
     def _measure(self, work: TensorWork, digest: Digest, data: Bytes, base: Bytes, base_id: Digest) -> None:
-        assert work.base is not None
-        histogram = scratch.bytes("histogram", HISTOGRAM_BINS * 8).view(np.int64)
-        histogram.fill(0)
-        row = block_statistics(data, base, work.source.dtype, work.base.element_type, histogram)
+        row = self._histogram(work, data, base)
         with self._lock:
             self.deltas[base_id + digest] = row.pack()
-            _add_histogram(work, histogram)
+            _add_histogram(work, scratch.bytes("histogram", HISTOGRAM_BINS * 8).view(np.int64))
+
+    def _wants_preview(self, base: Digest, digest: Digest) -> bool:
+        """Whether this block's preview is to be made, and nobody has begun to."""
+        if not self.with_previews:
+            return False
+        key = preview_key(base, digest)
+        with self._lock:
+            if key in self._looked_into:
+                return False
+            self._looked_into.add(key)  # this thread makes it
+        with self.catalog.reading() as view:
+            return lacks_preview(self.staging.layout, view, base, digest)
+
+    def _preview(self, work: TensorWork, index: int, digest: Digest, data: Bytes, base: BaseBlock) -> None:
+        """Make the preview of a block whose histogram is in this thread's scratch."""
+        assert work.base is not None
+        exact = self.staging.row_of(digest)
+        if exact is None:  # another thread, at another place with these bytes, is writing it
+            with self._lock:
+                self._put_off.append((work, index))
+            return
+        types = work.source.dtype, work.base.element_type
+        histogram = scratch.bytes("histogram", HISTOGRAM_BINS * 8).view(np.int64)
+        found = store_preview(self.staging, data, base.own, *types, histogram, base.id, digest, exact.stored_bytes)
+        with self._lock:
+            self.previews[preview_key(base.id, digest)] = b"" if found is None else found.pack()
+            if found is not None:
+                work.previews += 1
+                if found.id in self.staging.rows:
+                    work.preview_bytes += found.stored_bytes
+                else:
+                    self.relied_on.add(found.id)
 
     def _finish(
         self, work: TensorWork, index: int, digest: Digest, at_base: tuple[Digest, int] | None, *,
@@ -204,26 +248,33 @@ class BlockPipeline:
             if view.get("tensors", key) is not None:
                 return
         for index in work.uncounted:  # blocks whose own statistics were known from elsewhere
-            self._count_again(work, index)
+            self._read_again(work, index)
+            with self._lock:
+                _add_histogram(work, scratch.bytes("histogram", HISTOGRAM_BINS * 8).view(np.int64))
         if work.histogram is not None:
             with self._lock:
                 self.tensor_rows[key] = pack_histogram(work.histogram)
                 work.histogram = None
 
-    def _count_again(self, work: TensorWork, index: int) -> None:
-        at_base = work.base_block(index)
+    def _read_again(self, work: TensorWork, index: int) -> tuple[Digest, Bytes, BaseBlock]:
+        """A block that is done, its bytes and the base's; its histogram is in this thread's scratch."""
+        at_base, digest = work.base_block(index), work.blocks[index]
         assert at_base is not None
-        assert work.base is not None
+        assert digest is not None
         offset, size = work.span(index)
         data = scratch.bytes("incoming", size)
         work.source.read_into(offset, data)
         base = BaseBlock(self.catalog, self.reader, "recount")  # the caller's own base block is still in use
         base.load(*at_base)
+        self._histogram(work, data, base.own)
+        return digest, data, base
+
+    def _histogram(self, work: TensorWork, data: Bytes, base: Bytes) -> DeltaStatistics:
+        """Statistics of a block's delta, and its histogram in this thread's scratch."""
+        assert work.base is not None
         histogram = scratch.bytes("histogram", HISTOGRAM_BINS * 8).view(np.int64)
         histogram.fill(0)
-        block_statistics(data, base.own, work.source.dtype, work.base.element_type, histogram)
-        with self._lock:
-            _add_histogram(work, histogram)
+        return block_statistics(data, base, work.source.dtype, work.base.element_type, histogram)
 
 
 def _comparable(work: TensorWork) -> bool:

@@ -49,6 +49,7 @@ class Changes:
     deltas: dict[bytes, bytes] = field(default_factory=dict)
     tensors: dict[bytes, bytes] = field(default_factory=dict)
     results: dict[bytes, Digest] = field(default_factory=dict)
+    previews: dict[bytes, bytes] = field(default_factory=dict)
     relied_on: Sequence[Digest] = ()
 
 
@@ -130,6 +131,7 @@ def _put_rows(view: Writing, changes: Changes) -> None:
         "deltas": changes.deltas,
         "tensors": changes.tensors,
         "results": changes.results,
+        "previews": changes.previews,
     }
     for database, items in rows.items():
         for key, value in items.items():

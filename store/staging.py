@@ -17,7 +17,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Self
 
-from mergepipe.store.catalog import Catalog, ObjectRow, unix_time
+from mergepipe.store.catalog import Catalog, ObjectRow, Reading, unix_time
 from mergepipe.store.digest import Buffer, Digest, hash_record
 from mergepipe.store.errors import MergePipeError
 from mergepipe.store.filesystem import explain_os_error, start_writeback
@@ -125,6 +125,25 @@ class Staging:
         base_id = base[0] if encoding is Encoding.DELTA and base else None
         return self._write(digest, Header(kind, encoding, width, size, smallest, base_id), payload)
 
+    def add_preview(self, digest: Digest, content: Bytes, most_bytes: int) -> ObjectRow | None:
+        """Encode and stage a claimed preview; None, and nothing staged, where its file takes over ``most_bytes``."""
+        from mergepipe.store import codecs
+
+        parts = codecs.encode_planes(content, 1)
+        size = codecs.payload_size(parts)
+        if HEADER_BYTES + size > most_bytes:
+            return None
+        return self._write(digest, Header(Kind.PREVIEW, Encoding.PLANES, 1, content.nbytes, size, None), parts)
+
+    def row_of(self, digest: Digest) -> ObjectRow | None:
+        """The row of an object that is staged, or in the store."""
+        with self._lock:
+            row = self.rows.get(digest)
+        if row is not None:
+            return row
+        with self._catalog.reading() as view:
+            return view.object_row(digest)
+
     def _may_be_a_base(self, digest: Digest) -> bool:
         """Whether a lost object that is written anew was no delta before: others may be deltas to it."""
         with self._catalog.reading() as view:
@@ -171,9 +190,14 @@ def is_stored(layout: Layout, catalog: Catalog, digest: Digest) -> bool:
     The file's size is looked at as well: an object whose file was lost or cut is written anew.
     """
     with catalog.reading() as view:
-        row = view.object_row(digest)
-        if row is None or view.get("damaged", digest) is not None:
-            return False
+        return is_intact(layout, view, digest)
+
+
+def is_intact(layout: Layout, view: Reading, digest: Digest) -> bool:
+    """:func:`is_stored` within a transaction."""
+    row = view.object_row(digest)
+    if row is None or view.get("damaged", digest) is not None:
+        return False
     try:
         return os.stat(layout.object_path(digest)).st_size == row.stored_bytes  # noqa: PTH116  # hot path
     except OSError:

@@ -76,7 +76,7 @@ def _block_statistics(
     if new_type.name == old_type.name == "BF16":
         kernels.statistics_bfloat16(new.view("<u2"), old.view("<u2"), counts, sketch, sums)
     else:
-        kernels.statistics_float32(_delta(new, old, new_type, old_type, elements), counts, sketch, sums)
+        kernels.statistics_float32(float32_delta(new, old, new_type, old_type, elements), counts, sketch, sums)
     if histogram is not None:
         histogram += counts[0]
         histogram += counts[1]
@@ -124,7 +124,8 @@ def to_float32(source: Bytes, dtype: DType, start: int, count: int, out: NDArray
         np.copyto(out, source.view(kind)[start : start + count], casting="same_kind")
 
 
-def _delta(new: Bytes, old: Bytes, new_type: DType, old_type: DType, elements: int) -> NDArray[np.float32]:
+def float32_delta(new: Bytes, old: Bytes, new_type: DType, old_type: DType, elements: int) -> NDArray[np.float32]:
+    """``new - old`` in this thread's scratch, as statistics are taken of it."""
     delta = scratch.bytes("delta", elements * 4).view(np.float32)
     if new_type.name == old_type.name == "F64":
         np.subtract(new.view("<f8"), old.view("<f8"), out=delta, casting="same_kind")

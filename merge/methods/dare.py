@@ -73,6 +73,7 @@ DARE_LINEAR: Final = Method(
     reach=task_vectors.additive_reach,
     passes=passes,
     pinned=("factors",),
+    previews=lambda _: True,  # masks do not look at the deltas
 )
 
 DARE_TIES: Final = replace(
@@ -84,4 +85,5 @@ DARE_TIES: Final = replace(
     apply=apply_with(consensus=True),
     error="whole",
     reach=task_vectors.consensus_reach,
+    previews=None,
 )

@@ -44,7 +44,7 @@ def apply_stack(stack: Stack, coefficients: Coefficients, out: NDArray[np.uint16
     from mergepipe.merge import tile_kernels
 
     weights, divisor = coefficients["weights"], coefficients["divisor"][()]
-    tile_kernels.weighted_sum_stack(stack.blocks, stack.present, stack.base, weights, divisor, out)
+    tile_kernels.weighted_sum_stack(stack.blocks, stack.present, stack.base, stack.looks, weights, divisor, out)
 
 
 def reach(_: Problem, coefficients: Coefficients) -> NDArray[np.float64]:

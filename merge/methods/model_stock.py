@@ -57,4 +57,5 @@ MODEL_STOCK: Final = Method(
     reach=reach,
     experts=(2, None),
     rows=True,
+    previews=lambda problem: not problem.flag("filter_wise"),
 )

@@ -99,4 +99,5 @@ NUSLERP: Final = Method(
     base="optional",
     experts=(2, 2),
     rows=True,
+    previews=lambda problem: problem.flag("nuslerp_flatten"),
 )

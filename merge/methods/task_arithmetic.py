@@ -36,7 +36,7 @@ def apply_stack(stack: Stack, coefficients: Coefficients, out: NDArray[np.uint16
 
     scale, divisor = coefficients["scale"][()], coefficients["divisor"][()]
     weights = coefficients["weights"]
-    tile_kernels.add_weighted_stack(stack.blocks, stack.present, stack.base, weights, scale, divisor, out)
+    tile_kernels.add_weighted_stack(stack.blocks, stack.present, stack.base, stack.looks, weights, scale, divisor, out)
 
 
 def reach(_: Problem, coefficients: Coefficients) -> NDArray[np.float64]:

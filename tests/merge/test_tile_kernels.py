@@ -12,6 +12,8 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from mergepipe.merge import kernels, mask_kernels, tile_kernels
+from mergepipe.merge.method import Looks
+from mergepipe.store.preview_kernels import SEGMENT
 
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 ODD = np.array([0, 0x8000, 0x7F80, 0xFF80, 0x7FC1, 1, 0x8001, 0x7F7F], np.uint16)
@@ -67,27 +69,46 @@ def test_filled_tiles_are_the_experts(shape: tuple[int, int, int]) -> None:
         assert np.array_equal(rows[len(stack)], origin, equal_nan=True)
 
 
-@given(shapes, st.sampled_from([1.0, -0.5, 0.0]), st.sampled_from([1.0, 2.5]))
-def test_weighted_deltas(shape: tuple[int, int, int], scale: float, divisor: float) -> None:
+def looks_at(experts: int, elements: int, *, some: bool) -> tuple[Looks, NDArray[np.float32]]:
+    """Previews of some experts, or of none, and the deltas that they stand for, (K, n)."""
+    generator = np.random.default_rng(experts * elements)
+    segments = -(-elements // SEGMENT)
+    coarse = generator.random(experts) < 0.6 if some else np.zeros(experts, np.bool_)
+    codes = generator.choice(np.array([0, 1, 2], np.uint8), (experts, segments * SEGMENT))
+    scales = (generator.random((experts, segments)) * 1e-2).astype(np.float32)
+    quarters = codes.reshape(experts, segments, 4, SEGMENT // 4)
+    packed = sum(quarters[:, :, quarter] << (2 * quarter) for quarter in range(4)).astype(np.uint8)
+    contents = np.concatenate([np.zeros((experts, 7), np.uint8), packed.reshape(experts, -1)], 1)
+    signs = np.array([0, 1, -1], np.float32)[codes].reshape(experts, segments, SEGMENT)
+    deltas = (scales[:, :, None] * signs).reshape(experts, -1)[:, :elements]
+    return Looks(coarse, contents, 7, scales), np.ascontiguousarray(deltas)
+
+
+@given(shapes, st.sampled_from([1.0, -0.5, 0.0]), st.sampled_from([1.0, 2.5]), st.booleans())
+def test_weighted_deltas(shape: tuple[int, int, int], scale: float, divisor: float, some: bool) -> None:
     stack, present, base = blocks(*shape)
+    looks, coarse = looks_at(len(stack), base.size, some=some)
     weights = np.linspace(-0.5, 1, len(stack)).astype(np.float32)
     origin, deltas = as_tile(stack, present, base, deltas=True)
+    deltas = np.where(looks.coarse[:, None], coarse, deltas)
     wanted = np.empty(base.size, np.float32)
     kernels.add_weighted(origin, deltas, weights, np.float32(scale), np.float32(divisor), wanted)
     out = np.empty_like(base)
-    tile_kernels.add_weighted_stack(stack, present, base, weights, np.float32(scale), np.float32(divisor), out)
+    tile_kernels.add_weighted_stack(stack, present, base, looks, weights, np.float32(scale), np.float32(divisor), out)
     assert_same(out, rounded(wanted))
 
 
-@given(shapes, st.sampled_from([1.0, 2.5]))
-def test_weighted_sums(shape: tuple[int, int, int], divisor: float) -> None:
+@given(shapes, st.sampled_from([1.0, 2.5]), st.booleans())
+def test_weighted_sums(shape: tuple[int, int, int], divisor: float, some: bool) -> None:
     stack, present, base = blocks(*shape)
+    looks, coarse = looks_at(len(stack), base.size, some=some)
     weights = np.linspace(0.25, 1, len(stack)).astype(np.float32)
-    _, rows = as_tile(stack, present, base, deltas=False)
+    origin, rows = as_tile(stack, present, base, deltas=False)
+    rows = np.where(looks.coarse[:, None], coarse + origin, rows)
     wanted = np.empty(base.size, np.float32)
     kernels.weighted_sum(rows, weights, np.float32(divisor), wanted)
     out = np.empty_like(base)
-    tile_kernels.weighted_sum_stack(stack, present, base, weights, np.float32(divisor), out)
+    tile_kernels.weighted_sum_stack(stack, present, base, looks, weights, np.float32(divisor), out)
     assert_same(out, rounded(wanted))
 
 

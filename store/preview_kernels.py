@@ -1,0 +1,155 @@
+"""The inner loops of previews, compiled: coarse codes of a delta, and a delta from codes.
+
+A segment is 1024 elements with a scale of its own. Its codes are 256 bytes of four two-bit codes: byte ``j`` has those
+of elements ``j``, ``256 + j``, ``512 + j`` and ``768 + j`` from its lowest bits up, so that packing and unpacking run
+along contiguous quarters. 0 is zero, 1 plus the scale, 2 minus the scale. Arithmetic is plain IEEE (no fast-math), so
+codes, scales and norms do not depend on the machine.
+"""
+
+from __future__ import annotations
+
+from typing import Final
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mergepipe.store.kernels import compiled, inlined
+
+SEGMENT: Final = 1024
+_QUARTER: Final = 256
+_LANES: Final = 64
+
+
+@inlined
+def _segment(
+    delta: NDArray[np.float32],
+    width: int,
+    least: np.uint32,
+    lanes: NDArray[np.float32],
+    marks: NDArray[np.uint8],
+    codes: NDArray[np.uint8],
+    sums: NDArray[np.float64],
+) -> None:
+    """Codes of one segment; count, sum and squares of what they keep, and squares of all, into ``sums`` (4)."""
+    for j in range(_LANES):
+        lanes[0, j] = lanes[1, j] = lanes[2, j] = lanes[3, j] = np.float32(0)
+    rows = width // _LANES
+    for row in range(rows):
+        part = delta[row * _LANES : row * _LANES + _LANES]
+        out = marks[row * _LANES : row * _LANES + _LANES]
+        for j in range(_LANES):
+            bits = np.float32(part[j]).view(np.uint32)
+            size = np.uint32(bits & np.uint32(0x7FFFFFFF))
+            kept = size >= least
+            m = size.view(np.float32)
+            k = m if kept else np.float32(0)
+            lanes[0, j] += np.float32(1) if kept else np.float32(0)
+            lanes[1, j] += k
+            lanes[2, j] += k * k
+            lanes[3, j] += m * m
+            sign = np.uint8(bits >> np.uint32(31))
+            out[j] = np.uint8(sign + np.uint8(1)) if kept else np.uint8(0)
+    for j in range(rows * _LANES, width):
+        bits = np.float32(delta[j]).view(np.uint32)
+        size = np.uint32(bits & np.uint32(0x7FFFFFFF))
+        kept = size >= least
+        m = size.view(np.float32)
+        k = m if kept else np.float32(0)
+        lane = j - rows * _LANES
+        lanes[0, lane] += np.float32(1) if kept else np.float32(0)
+        lanes[1, lane] += k
+        lanes[2, lane] += k * k
+        lanes[3, lane] += m * m
+        marks[j] = np.uint8(np.uint8(bits >> np.uint32(31)) + np.uint8(1)) if kept else np.uint8(0)
+    for j in range(width, SEGMENT):
+        marks[j] = np.uint8(0)
+    for i in range(4):
+        total = 0.0
+        for j in range(_LANES):
+            total += lanes[i, j]
+        sums[i] = total
+    first, second = marks[:_QUARTER], marks[_QUARTER : 2 * _QUARTER]
+    third, fourth = marks[2 * _QUARTER : 3 * _QUARTER], marks[3 * _QUARTER : SEGMENT]
+    for j in range(_QUARTER):
+        low = np.uint8(first[j] | np.uint8(second[j] << np.uint8(2)))
+        codes[j] = np.uint8(low | np.uint8(np.uint8(third[j] << np.uint8(4)) | np.uint8(fourth[j] << np.uint8(6))))
+
+
+@compiled
+def codes_of_bfloat16(
+    new: NDArray[np.uint16],
+    old: NDArray[np.uint16],
+    least: np.uint32,
+    codes: NDArray[np.uint8],
+    sums: NDArray[np.float64],
+) -> None:
+    """:func:`codes_of_float32` of ``new - old``, both bfloat16 bit patterns."""
+    lanes = np.empty((4, _LANES), np.float32)
+    marks = np.empty(SEGMENT, np.uint8)
+    delta = np.empty(SEGMENT, np.float32)
+    for segment in range(sums.shape[0]):
+        start = segment * SEGMENT
+        width = min(SEGMENT, new.size - start)
+        ours, theirs = new[start : start + width], old[start : start + width]
+        for j in range(width):
+            a = np.uint32(np.uint32(ours[j]) << np.uint32(16)).view(np.float32)
+            delta[j] = a - np.uint32(np.uint32(theirs[j]) << np.uint32(16)).view(np.float32)
+        _segment(delta, width, least, lanes, marks, codes[segment * _QUARTER : (segment + 1) * _QUARTER], sums[segment])
+
+
+@compiled
+def codes_of_float32(
+    delta: NDArray[np.float32], least: np.uint32, codes: NDArray[np.uint8], sums: NDArray[np.float64]
+) -> None:
+    """Codes of all segments: what is at least ``least`` (a float32's pattern) keeps its sign, the rest is zero.
+
+    ``codes`` is (S * 256,). ``sums`` (S, 4) gets of each segment how many are kept, the sum and the squares of their
+    magnitudes, and the squares of all.
+    """
+    lanes = np.empty((4, _LANES), np.float32)
+    marks = np.empty(SEGMENT, np.uint8)
+    for segment in range(sums.shape[0]):
+        start = segment * SEGMENT
+        width = min(SEGMENT, delta.size - start)
+        _segment(
+            delta[start : start + width],
+            width,
+            least,
+            lanes,
+            marks,
+            codes[segment * _QUARTER : (segment + 1) * _QUARTER],
+            sums[segment],
+        )
+
+
+@inlined
+def unpack_segment(codes: NDArray[np.uint8], scale: np.float32, out: NDArray[np.float32]) -> None:
+    """The 1024 deltas of one segment."""
+    for quarter in range(4):
+        shift = np.uint8(2 * quarter)
+        part = out[quarter * _QUARTER : (quarter + 1) * _QUARTER]
+        for j in range(_QUARTER):
+            code = np.int32((codes[j] >> shift) & np.uint8(3))
+            part[j] = scale * np.float32((code & np.int32(1)) - (code >> np.int32(1)))
+
+
+@compiled
+def deltas_of_codes(
+    codes: NDArray[np.uint8], scales: NDArray[np.float32], start: int, out: NDArray[np.float32]
+) -> None:
+    """Elements ``start`` to ``start + out.size`` of the delta that codes and scales (S,) stand for."""
+    buffer = np.empty(SEGMENT, np.float32)
+    done = 0
+    while done < out.size:
+        segment = (start + done) // SEGMENT
+        skip = (start + done) % SEGMENT
+        count = min(SEGMENT - skip, out.size - done)
+        bytes_of = codes[segment * _QUARTER : (segment + 1) * _QUARTER]
+        if count == SEGMENT:
+            unpack_segment(bytes_of, scales[segment], out[done : done + SEGMENT])
+        else:
+            unpack_segment(bytes_of, scales[segment], buffer)
+            piece = out[done : done + count]
+            for j in range(count):
+                piece[j] = buffer[skip + j]
+        done += count

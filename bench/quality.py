@@ -1,12 +1,13 @@
-"""Sweep methods and budgets over a trained family: held-out loss of each merge, and its distance from the full merge.
+"""Sweep methods and budgets over a trained family: held-out score of each merge, and its distance from the full merge.
 
     python bench/quality.py                                          # trains a family first: minutes
     python bench/quality.py --family DIR --out docs/quality --json FILE
 
-DIR is what bench/training.py wrote. Writes plots into docs/quality/, and the tables into docs/quality.md, into the
-section of the family's kind (full, lora, sparse); what else stands on that page stays.
+DIR is what bench/training.py or bench/encoder.py wrote. Writes plots into docs/quality/, and the tables into
+docs/quality.md, into the section of the family's kind (full, lora, sparse, encoder); what else stands on that page
+stays. Language models are scored by their loss, encoders by recall@1.
 
-*Gain recovered* is `(base - merge) / (base - full merge)` of the held-out losses, each the mean over the domains.
+*Gain recovered* is `(merge - base) / (full merge - base)` of the held-out scores, each the mean over the domains.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from encoder import held_out_recalls, load_encoder
 from harness import ROOT, BenchError, format_bytes, workspace
 from matplotlib.figure import Figure
 from setting import Family
@@ -60,9 +62,28 @@ RECIPES = (
 BUDGETS = (0.02, 0.05, 0.1, 0.2, 0.5, 1.0)  # shares of the experts' stored bytes; 1 reads all
 CLAIMED_BUDGET = 0.1  # "an order of magnitude less"
 ENOUGH = 0.95  # of the gain
-BLOCK_BYTES = 64 << 10  # the family is small: about a hundred blocks for each checkpoint
+BLOCK_BYTES = 64 << 10  # the families are small: about a hundred blocks for each language model, 700 for an encoder
 
 Tensors = dict[str, torch.Tensor]
+
+
+@dataclass(frozen=True, slots=True)
+class Measure:
+    """What a family is scored by; a `sign` of -1 where less is better."""
+
+    title: str
+    sign: int
+    load: Callable[[Path], Any]
+    score: Callable[[Any, HeldOut], dict[str, float]]
+
+    @property
+    def direction(self) -> str:
+        return f"{'More' if self.sign > 0 else 'Less'} {self.title.partition(',')[0]} is better."
+
+
+LOSS = Measure("held-out loss, nats per token", -1, load_model, held_out_losses)
+RECALL = Measure("held-out recall@1", 1, load_encoder, held_out_recalls)
+MEASURES = dict.fromkeys(KINDS, LOSS) | {"encoder": RECALL}
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,19 +105,19 @@ class Point:
     expert_bytes_read: int
     share_of_stored: float
     share_of_raw: float
-    losses: dict[str, float]
+    scores: dict[str, float]
     gain_recovered: float
     deviation_of_update: float
     deviation_of_weights: float
     relative_bound: float
 
     @property
-    def loss(self) -> float:
-        return mean(self.losses)
+    def score(self) -> float:
+        return mean(self.scores)
 
 
-def mean(losses: Mapping[str, float]) -> float:
-    return math.fsum(losses.values()) / len(losses)
+def mean(scores: Mapping[str, float]) -> float:
+    return math.fsum(scores.values()) / len(scores)
 
 
 def merge_to(store: Store, experts: Sequence[str], recipe: Recipe, budget: float, ref: str) -> Merged:
@@ -124,27 +145,32 @@ def norm(tensors: Tensors) -> float:
 
 
 class Scorer:
-    """Held-out losses of weights, in one model that is loaded once."""
+    """Held-out scores of weights, in one model that is loaded once."""
 
-    def __init__(self, family: Family, held_out: HeldOut) -> None:
-        self._model: Any = load_model(family.base)
-        self._held_out = held_out
+    def __init__(self, family: Family, measure: Measure) -> None:
+        self.measure = measure
+        self._model = measure.load(family.base)
+        self._held_out = read_held_out(family.folder)
 
     def __call__(self, tensors: Tensors) -> dict[str, float]:
         found = self._model.load_state_dict(tensors, strict=False)
         if found.unexpected_keys or set(found.missing_keys) - {"lm_head.weight"}:  # tied to the embedding
             raise BenchError(f"these are not the model's tensors: {found}")
-        return held_out_losses(self._model, self._held_out)
+        return self.measure.score(self._model, self._held_out)
 
 
 @dataclass(frozen=True, slots=True)
 class Sweep:
-    """All that was measured on one family; `losses` has the base and each expert, `points` every merge."""
+    """All that was measured on one family; `scores` has the base and each expert, `points` every merge."""
 
     kind: str
     parameters: int
-    losses: dict[str, dict[str, float]]
+    scores: dict[str, dict[str, float]]
     points: list[Point]
+
+    @property
+    def measure(self) -> Measure:
+        return MEASURES[self.kind]
 
     def of(self, method: str) -> list[Point]:
         return [point for point in self.points if point.method == method]
@@ -160,12 +186,12 @@ def _sweep_method(
     origin, before = base
     raw_bytes = len(experts) * sum(tensor.nbytes for tensor in origin.values())
     full = merge_to(store, experts, recipe, 1.0, f"merged/{recipe.method}")
-    gain = mean(before) - mean(score(full.tensors))
+    gain = mean(score(full.tensors)) - mean(before)
     update, weights = distance(full.tensors, origin), norm(full.tensors)
     points = []
     for budget in BUDGETS:
         merged = merge_to(store, experts, recipe, budget, f"merged/{recipe.method}-{100 * budget:g}")
-        losses = score(merged.tensors)
+        scores = score(merged.tensors)
         away = distance(merged.tensors, full.tensors)
         points.append(
             Point(
@@ -174,28 +200,27 @@ def _sweep_method(
                 expert_bytes_read=merged.expert_bytes_read,
                 share_of_stored=merged.expert_bytes_read / merged.expert_bytes_full,
                 share_of_raw=merged.expert_bytes_read / raw_bytes,
-                losses=losses,
-                gain_recovered=(mean(before) - mean(losses)) / gain if gain > 0 else math.nan,
+                scores=scores,
+                gain_recovered=(mean(scores) - mean(before)) / gain if gain * score.measure.sign > 0 else math.nan,
                 deviation_of_update=away / update if update else 0.0,
                 deviation_of_weights=away / weights,
                 relative_bound=merged.relative_bound,
             )
         )
-        print(f"  {recipe.method} {budget:.0%}: loss {points[-1].loss:.4f}, away {away:.4g}", file=sys.stderr)
+        print(f"  {recipe.method} {budget:.0%}: score {points[-1].score:.4f}, away {away:.4g}", file=sys.stderr)
     return points
 
 
 def sweep(family: Family, work: Path, methods: Sequence[str]) -> Sweep:
     """Ingest the family into a store below `work`, merge by these methods (all, where none is named), and score."""
-    held_out = read_held_out(family.folder)
     kind = json.loads((family.folder / "training.json").read_text())["kind"]
-    score = Scorer(family, held_out)
+    score = Scorer(family, MEASURES[kind])
     experts = [folder.name for folder in family.experts]
     with Store.create(work / ".mp", block_bytes=BLOCK_BYTES) as store:
         store.ingest([family.base], ref="base")
         store.ingest(family.experts, base="base")
         origin = tensors_of(store, "base")
-        losses = {name: score(tensors_of(store, name)) for name in ("base", *experts)}
+        scores = {name: score(tensors_of(store, name)) for name in ("base", *experts)}
         points = []
         for recipe in RECIPES:
             if methods and recipe.method not in methods:
@@ -203,8 +228,8 @@ def sweep(family: Family, work: Path, methods: Sequence[str]) -> Sweep:
             if recipe.method not in KNOWN:
                 print(f"  {recipe.method}: this engine does not have it", file=sys.stderr)
                 continue
-            points += _sweep_method(store, experts, recipe, score, (origin, losses["base"]))
-    return Sweep(kind, sum(tensor.numel() for tensor in origin.values()), losses, points)
+            points += _sweep_method(store, experts, recipe, score, (origin, scores["base"]))
+    return Sweep(kind, sum(tensor.numel() for tensor in origin.values()), scores, points)
 
 
 def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -217,11 +242,11 @@ def _share(gain: float) -> str:
     return "the full merge has none" if math.isnan(gain) else f"{gain:.0%}"
 
 
-def _losses_table(found: Sweep) -> str:
-    domains = list(found.losses["base"])
-    named = found.losses | {f"{method}, all read": found.of(method)[-1].losses for method in found.methods}
+def _scores_table(found: Sweep) -> str:
+    domains = list(found.scores["base"])
+    named = found.scores | {f"{method}, all read": found.of(method)[-1].scores for method in found.methods}
     rows = [[name, *(f"{each[domain]:.3f}" for domain in domains), f"{mean(each):.3f}"] for name, each in named.items()]
-    return _table(["held-out loss, nats per token", *domains, "mean"], rows)
+    return _table([found.measure.title, *domains, "mean"], rows)
 
 
 def _claims_table(found: Sweep) -> str:
@@ -230,7 +255,7 @@ def _claims_table(found: Sweep) -> str:
         points = found.of(method)
         claimed = next(point for point in points if point.budget == CLAIMED_BUDGET)
         enough = next(point for point in points if point.gain_recovered >= ENOUGH or point.budget == 1)
-        worse = sum(less.loss > more.loss for less, more in pairwise(points))
+        worse = sum(found.measure.sign * (more.score - less.score) > 0 for less, more in pairwise(points))
         rows.append(
             [
                 f"`{method}`",
@@ -257,7 +282,7 @@ def _budget_table(points: Sequence[Point]) -> str:
             format_bytes(point.expert_bytes_read),
             f"{point.share_of_stored:.1%}",
             f"{point.share_of_raw:.1%}",
-            *(f"{loss:.3f}" for loss in point.losses.values()),
+            *(f"{score:.3f}" for score in point.scores.values()),
             _share(point.gain_recovered),
             f"{point.deviation_of_update:.3g}",
             f"{point.deviation_of_weights:.1e}",
@@ -265,17 +290,17 @@ def _budget_table(points: Sequence[Point]) -> str:
         ]
         for point in points
     ]
-    header = ["budget", "read", "of stored", "of raw", *points[0].losses]
+    header = ["budget", "read", "of stored", "of raw", *points[0].scores]
     return _table([*header, "gain recovered", "deviation of update", "of weights", "bound"], rows)
 
 
 def section(found: Sweep, pictures: Sequence[str]) -> str:
     """The page's section for one family, as Markdown."""
-    experts = len(found.losses) - 1
+    experts = len(found.scores) - 1
     parts = [
         f"## Family `{found.kind}`",
-        f"{experts} experts of {found.parameters:,} parameters, bfloat16. Loss falls as the model gets better.",
-        _losses_table(found),
+        f"{experts} experts of {found.parameters:,} parameters, bfloat16. {found.measure.direction}",
+        _scores_table(found),
         "Claimed for budgets: a deviation of order 1e-3, no steady decline, an order of magnitude less expert I/O.",
         _claims_table(found),
         *(f"![{Path(picture).stem}]({picture})" for picture in pictures),
@@ -287,12 +312,12 @@ def section(found: Sweep, pictures: Sequence[str]) -> str:
 
 INTRODUCTION = """# What a budget costs
 
-Made by `bench/quality.py` on families that `bench/training.py` trained: a small language model, and an expert for each
-of several kinds of text that the machine has. `budget` is a share of the experts' bytes as stored. `read` is what the
-merge measured; `of raw` compares it with the experts' plain bfloat16 bytes. *Gain recovered* is
-`(base - merge) / (base - full merge)` of the held-out losses, each the mean over the domains. Deviations are L2
-distances from the merge that reads everything, over the length of its update and of its weights; the bound is the
-plan's certificate for the former.
+Made by `bench/quality.py` on families that `bench/training.py` and `bench/encoder.py` trained: a small language model,
+or a pretrained sentence encoder, and an expert for each of several kinds of text that the machine has. `budget` is a
+share of the experts' bytes as stored. `read` is what the merge measured; `of raw` compares it with the experts' plain
+bfloat16 bytes. *Gain recovered* is `(merge - base) / (full merge - base)` of the held-out scores, each the mean over
+the domains. Deviations are L2 distances from the merge that reads everything, over the length of its update and of its
+weights; the bound is the plan's certificate for the former.
 """
 
 
@@ -335,20 +360,20 @@ def _draw_deviation(found: Sweep, figure: Figure) -> None:
         axes.set_title(title, fontsize="medium")
 
 
-def _loss_in(domain: str) -> Callable[[Point], float]:
-    return lambda point: point.losses[domain]
+def _score_in(domain: str) -> Callable[[Point], float]:
+    return lambda point: point.scores[domain]
 
 
 def _draw_domains(found: Sweep, figure: Figure) -> None:
-    domains = list(found.losses["base"])
+    domains, sign = list(found.scores["base"]), found.measure.sign
     grid = figure.subplots(math.ceil(len(domains) / 2), 2, squeeze=False)
     for axes, domain in zip(grid.flat, domains, strict=False):
-        own = min(losses[domain] for losses in found.losses.values())
-        axes.axhline(found.losses["base"][domain], color="black", linewidth=1, label="base")
+        own = sign * max(sign * scores[domain] for scores in found.scores.values())
+        axes.axhline(found.scores["base"][domain], color="black", linewidth=1, label="base")
         axes.axhline(own, color="grey", linewidth=1, label="best expert")
         axes.set_title(domain, fontsize="medium")
-        _lines(axes, found, _loss_in(domain))
-    figure.supylabel("held-out loss, nats per token")
+        _lines(axes, found, _score_in(domain))
+    figure.supylabel(found.measure.title)
 
 
 def draw(found: Sweep, out: Path) -> list[str]:
@@ -374,7 +399,9 @@ def _run(args: argparse.Namespace) -> None:
             folder = work / "family"
             make_family(Options(folder, seed=0, minutes=6, kind=KINDS["full"], source=None))
         if not (folder / "training.json").is_file():
-            raise BenchError(f"{folder / 'training.json'} is not there: --family takes what bench/training.py wrote")
+            raise BenchError(
+                f"{folder / 'training.json'} is not there: --family takes what training.py or encoder.py wrote"
+            )
         found = sweep(Family(folder.resolve()), work / "store", args.methods)
     if args.json is not None:
         args.json.write_text(json.dumps(asdict(found), indent=2) + "\n")
@@ -385,7 +412,9 @@ def _run(args: argparse.Namespace) -> None:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description="Sweep methods and budgets over a trained family, and score.")
-    parser.add_argument("--family", type=Path, help="what bench/training.py wrote; trained first where not given")
+    parser.add_argument(
+        "--family", type=Path, help="what bench/training.py or bench/encoder.py wrote; trained first where not given"
+    )
     parser.add_argument(
         "--out", type=Path, default=ROOT / "docs" / "quality", help="folder for plots; the page is beside it"
     )

@@ -27,6 +27,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from fnmatch import fnmatch
+from itertools import count, islice
 from pathlib import Path
 from typing import Any
 
@@ -53,7 +54,7 @@ BASE_RATE = 3e-3
 RANK = 8
 SPARSE_SHARE = 0.1
 
-HeldOut = dict[str, torch.Tensor]  # domain -> (windows, CONTEXT + 1) token ids
+HeldOut = dict[str, torch.Tensor]  # domain -> token ids; here (windows, CONTEXT + 1)
 
 
 class TrainingError(Exception):
@@ -195,7 +196,7 @@ def _loss(model: Any, batch: torch.Tensor) -> torch.Tensor:
 
 @dataclass(frozen=True, slots=True)
 class Schedule:
-    """Steps of BATCH windows, and the highest learning rate: up over a twentieth, then down a cosine to a tenth."""
+    """Steps, and the highest learning rate: up over a twentieth, then down a cosine to a tenth."""
 
     steps: int
     rate: float
@@ -207,21 +208,27 @@ class Schedule:
         return 0.1 + 0.45 * (1 + math.cos(math.pi * (step - warm) / max(1, self.steps - warm)))
 
 
-def train(model: Any, streams: Sequence[torch.Tensor], schedule: Schedule, seed: int) -> None:
-    """Train the parameters that want a gradient on windows drawn from the streams in turn."""
+def window_losses(model: Any, streams: Sequence[torch.Tensor], seed: int) -> Iterator[torch.Tensor]:
+    """Without end, the loss of a batch of windows drawn from the streams in turn."""
     generator = torch.Generator().manual_seed(seed)
+    for first in count(step=BATCH):
+        batch = []
+        for row in range(BATCH):
+            stream = streams[(first + row) % len(streams)]
+            start = int(torch.randint(len(stream) - CONTEXT, (1,), generator=generator))
+            batch.append(stream[start : start + CONTEXT + 1])
+        yield _loss(model, torch.stack(batch))
+
+
+def train(model: Any, losses: Iterator[torch.Tensor], schedule: Schedule) -> None:
+    """Train the parameters that want a gradient: a step for each loss, which is computed as it is asked for."""
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(parameters, schedule.rate, betas=(0.9, 0.95), weight_decay=0.0)
     decay = torch.optim.lr_scheduler.LambdaLR(optimizer, schedule.factor)
     model.train()
-    for step in range(schedule.steps):
-        batch = []
-        for row in range(BATCH):
-            stream = streams[(step * BATCH + row) % len(streams)]
-            start = int(torch.randint(len(stream) - CONTEXT, (1,), generator=generator))
-            batch.append(stream[start : start + CONTEXT + 1])
+    for loss in islice(losses, schedule.steps):
         optimizer.zero_grad()
-        _loss(model, torch.stack(batch)).backward()  # type: ignore[no-untyped-call]
+        loss.backward()  # type: ignore[no-untyped-call]
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
         decay.step()
@@ -320,8 +327,13 @@ def _save(model: Any, tokenizer: Tokenizer, folder: Path) -> None:
 
 def _make_base(folder: Path, tokenizer: Tokenizer, streams: Sequence[torch.Tensor], steps: int, seed: int) -> None:
     model = new_model(seed)
-    train(model, streams, Schedule(steps, BASE_RATE), seed)
+    train(model, window_losses(model, streams, seed), Schedule(steps, BASE_RATE))
     _save(model, tokenizer, folder)
+
+
+def write_held_out(family: Path, held_out: HeldOut) -> None:
+    rows = {name: tokens.tolist() for name, tokens in held_out.items()}
+    (family / "held-out.json").write_text(json.dumps(rows) + "\n")
 
 
 def read_held_out(family: Path) -> HeldOut:
@@ -339,8 +351,8 @@ class Options:
     source: Path | None
 
 
-def _tell(start: float, name: str, losses: Mapping[str, float]) -> None:
-    figures = "  ".join(f"{domain} {loss:.3f}" for domain, loss in losses.items())
+def tell(start: float, name: str, scores: Mapping[str, float]) -> None:
+    figures = "  ".join(f"{domain} {score:.3f}" for domain, score in scores.items())
     print(f"{time.perf_counter() - start:6.1f} s  {name:14} {figures}", flush=True)
 
 
@@ -357,46 +369,50 @@ def make_family(options: Options) -> None:
     streams = {name: _tokens(tokenizer, text.train) for name, text in texts.items()}
     held_out = {name: _windows(_tokens(tokenizer, text.held_out)) for name, text in texts.items()}
     options.out.mkdir(parents=True, exist_ok=True)
-    (options.out / "held-out.json").write_text(json.dumps({k: v.tolist() for k, v in held_out.items()}) + "\n")
+    write_held_out(options.out, held_out)
     steps = options.minutes * STEPS_PER_MINUTE
-    _tell(start, "tokens", {name: float(len(stream)) for name, stream in streams.items()})
+    tell(start, "tokens", {name: float(len(stream)) for name, stream in streams.items()})
     if options.source is None:
         _make_base(base, tokenizer, list(streams.values()), round(BASE_SHARE * steps), options.seed)
     losses = {"base": held_out_losses(load_model(base), held_out)}
-    _tell(start, "base", losses["base"])
+    tell(start, "base", losses["base"])
     deltas = {}
     for number, (name, stream) in enumerate(streams.items(), 1):
         model, seed = load_model(base), 1000 * options.seed + number
         options.kind.prepare(model, seed)
-        train(model, [stream], Schedule(round(EXPERT_SHARE * steps), options.kind.rate), seed)
+        schedule = Schedule(round(EXPERT_SHARE * steps), options.kind.rate)
+        train(model, window_losses(model, [stream], seed), schedule)
         options.kind.finish(model)
         folder = options.out / f"expert-{name}"
         _save(model, tokenizer, folder)
         losses[name] = held_out_losses(load_model(folder), held_out)
         deltas[name] = delta_of(load_file(base / "model.safetensors"), load_file(folder / "model.safetensors"))
-        _tell(start, name, losses[name])
-    _write_report(options, texts, losses, deltas, time.perf_counter() - start)
-
-
-def _write_report(
-    options: Options,
-    texts: Mapping[str, Text],
-    losses: Mapping[str, Mapping[str, float]],
-    deltas: Mapping[str, Delta],
-    seconds: float,
-) -> None:
+        tell(start, name, losses[name])
     report = {
         "kind": options.kind.name,
         "seed": options.seed,
         "minutes": options.minutes,
-        "seconds": round(seconds, 1),
-        "files": {name: {"train": len(text.train), "held_out": len(text.held_out)} for name, text in texts.items()},
+        "seconds": round(time.perf_counter() - start, 1),
         "losses": losses,
+    }
+    write_report(options.out, report, texts, deltas)
+
+
+def write_report(out: Path, report: Mapping[str, Any], texts: Mapping[str, Text], deltas: Mapping[str, Delta]) -> None:
+    """`training.json`: what the script has to say, and what every family has."""
+    whole = {
+        **report,
+        "files": {name: {"train": len(text.train), "held_out": len(text.held_out)} for name, text in texts.items()},
         "deltas": {name: asdict(delta) for name, delta in deltas.items()},
     }
-    (options.out / "training.json").write_text(json.dumps(report, indent=2) + "\n")
+    (out / "training.json").write_text(json.dumps(whole, indent=2) + "\n")
     for name, delta in deltas.items():
         print(f"{name}: {delta.elements_changed:.1%} of the elements changed, {delta.relative_norm:.4f} of the norm")
+
+
+def refuse_to_overwrite(out: Path) -> None:
+    if out.exists() and any(out.iterdir()):
+        raise TrainingError(f"{out} is not empty: choose another folder, or remove it")
 
 
 def main() -> int:
@@ -411,8 +427,7 @@ def main() -> int:
     args = parser.parse_args()
     torch.set_num_threads(1)
     try:
-        if args.out.exists() and any(args.out.iterdir()):
-            raise TrainingError(f"{args.out} is not empty: choose another folder, or remove it")
+        refuse_to_overwrite(args.out)
         make_family(Options(args.out, args.seed, args.minutes, KINDS[args.kind or "full"], args.source))
     except (TrainingError, OSError) as error:
         print(f"training: {error}", file=sys.stderr)

@@ -138,9 +138,7 @@ class BlockPipeline:
             new = self.staging.claim(digest)
             comparable = at_base is not None and _comparable(work)
             unmeasured = comparable and at_base is not None and not self._has_statistics(at_base[0], digest)
-            unseen = (
-                self.with_previews and comparable and at_base is not None and self._lacks_preview(at_base[0], digest)
-            )
+            unseen = comparable and at_base is not None and self._wants_preview(at_base[0], digest)
             if at_base is not None and (unmeasured or unseen or (new and at_base[1] == size)):
                 base.load(*at_base)
             if new:

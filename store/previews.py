@@ -2,8 +2,8 @@
 
 A *preview* stands for the delta of one block against its base block. It keeps the signs of the largest magnitudes, at
 most ``SHARE`` of them, and one scale for each segment of 1024 elements: the mean of the magnitudes that it keeps there,
-which is the least-squares choice. That is a ternary quantiser whose threshold is set by its rate: a share of 0.31 takes
-1.2 bits an element at most, before zstd's entropy coder finds the rest. What it leaves out has an exact norm, which a
+which is the least-squares choice. That is a ternary quantiser whose threshold is set by its rate: a share of 0.33 takes
+1.25 bits an element at most, before zstd's entropy coder finds the rest. What it leaves out has an exact norm, which a
 plan's certificate counts in place of the whole delta's. ``docs/adr/0015-previews.md`` has what was measured.
 
 Previews are derived: they can be dropped and made again, bit for bit, and no lossless object changes. Each is an object
@@ -25,12 +25,13 @@ from mergepipe.store.codecs import Bytes, scratch
 from mergepipe.store.digest import DIGEST_BYTES, Digest, hash_bytes
 from mergepipe.store.dtypes import DType
 from mergepipe.store.errors import DamagedError
+from mergepipe.store.frame import Kind
 from mergepipe.store.layout import Layout
 from mergepipe.store.staging import Staging, is_intact
 
 VERSION: Final = 1
 LEVEL: Final = 1
-SHARE: Final = 0.31
+SHARE: Final = 0.33
 SEGMENT: Final = 1024
 LEAST_ELEMENTS: Final = 4 * SEGMENT
 WORTH_IT: Final = 0.7  # of the exact block's stored bytes: a preview that takes more is not kept
@@ -96,7 +97,9 @@ def lacks_preview(layout: Layout, view: Reading, base: Digest, block: Digest) ->
     except DamagedError:
         return True
     known = view.object_row(row.id)
-    return known is None or known.stored_bytes != row.stored_bytes or not is_intact(layout, view, row.id)
+    if known is None or known.kind is not Kind.PREVIEW or known.stored_bytes != row.stored_bytes:
+        return True
+    return not is_intact(layout, view, row.id)
 
 
 def unpack_row(data: bytes) -> PreviewRow:
@@ -187,7 +190,9 @@ def store_preview(
         row = staging.add_preview(digest, content, int(WORTH_IT * exact_bytes))
     else:
         row = staging.row_of(digest)
-    return None if row is None else PreviewRow(digest, row.stored_bytes, residual)
+    if row is None or row.kind is not Kind.PREVIEW:  # too large; or a file of a checkpoint has these very bytes
+        return None
+    return PreviewRow(digest, row.stored_bytes, residual)
 
 
 def _threshold(histogram: NDArray[np.int64], elements: int) -> np.uint32 | None:

@@ -12,7 +12,7 @@ a row and its file always agree. A ref moves only from the value that its writer
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -75,7 +75,11 @@ def publish(catalog: Catalog, staging: Staging | Batch | None, changes: Changes)
         for update in changes.refs:
             _expect(view, update)
         if staging is not None and staging.rows:
+            _expect_bases(view, staging)
             _move_objects(view, staging)
+        if isinstance(staging, Staging):
+            _rely_on(view, staging.relied_on)
+        _rely_on(view, changes.relied_on)
         _put_rows(view, changes)
         for update in changes.refs:
             _move_ref(view, update)
@@ -110,6 +114,14 @@ def _move_objects(view: Writing, staging: Staging | Batch) -> None:
         raise explain_os_error(error, "moving new objects into place") from error
 
 
+def _expect_bases(view: Writing, staging: Staging | Batch) -> None:
+    """Raises ConflictError where a block that a new delta is stored against was collected meanwhile."""
+    bases = {row.base for row in staging.rows.values() if row.base is not None and row.base not in staging.rows}
+    for base in bases:
+        if view.object_row(base) is None:
+            raise _went_away(f"object {base.short}, which a delta is stored against,")
+
+
 def _has_size(path: str, size: int) -> bool:
     try:
         return os.stat(path).st_size == size  # noqa: PTH116  # hot path
@@ -117,16 +129,22 @@ def _has_size(path: str, size: int) -> bool:
         return False
 
 
-def _put_rows(view: Writing, changes: Changes) -> None:
+def _rely_on(view: Writing, objects: Iterable[Digest]) -> None:
+    """Make objects that are in the store young again; raises ConflictError where one was collected meanwhile."""
     now = unix_time()
-    for digest in changes.relied_on:
+    for digest in objects:
         row = view.object_row(digest)
         if row is None:
-            raise ConflictError(
-                f"object {digest.short} went away while it was being relied on", hint="Run the command again."
-            )
+            raise _went_away(f"object {digest.short}")
         if row.touched < now - 60:
             view.put("objects", digest, _touched(row, now))
+
+
+def _went_away(what: str) -> ConflictError:
+    return ConflictError(f"{what} went away while it was being relied on", hint="Run the command again.")
+
+
+def _put_rows(view: Writing, changes: Changes) -> None:
     rows: Mapping[str, Mapping[bytes, bytes]] = {
         "deltas": changes.deltas,
         "tensors": changes.tensors,
@@ -136,7 +154,11 @@ def _put_rows(view: Writing, changes: Changes) -> None:
     for database, items in rows.items():
         for key, value in items.items():
             view.put(database, key, value)
+    made = {commit.id for commit in changes.commits}
     for commit in changes.commits:
+        for parent in commit.parents:
+            if view.get("commits", parent.commit) is None and parent.commit not in made:
+                raise _went_away(f"commit {parent.commit.short}")
         view.put("commits", commit.id, commit.encode())
         for parent in commit.parents:
             view.put("children", parent.commit + commit.id, parent.role.encode())
@@ -163,6 +185,8 @@ def _move_ref(view: Writing, update: RefUpdate) -> None:
     key = update.name.encode()
     if update.new is None:
         view.delete("refs", key)
+    elif view.get("commits", update.new) is None:
+        raise _went_away(f"commit {update.new.short}")
     else:
         view.put("refs", key, encode_ref(Ref(update.name, update.new, update.kind)))
     last = next(view.items("reflog", key + b"\0", reverse=True), None)

@@ -56,6 +56,7 @@ class Staging:
         self.rows: dict[Digest, ObjectRow] = {}
         self._taken_bytes = 0
         self._claimed: set[Digest] = set()
+        self._relied_on: set[Digest] = set()
         self._lock = threading.Lock()
         self.path = layout.temporary / f"{int(time.time())}-{os.getpid()}-{secrets.token_hex(4)}"
 
@@ -96,7 +97,17 @@ class Staging:
             if digest in self._claimed:
                 return False
             self._claimed.add(digest)
-        return not is_stored(self.layout, self._catalog, digest)
+        if not is_stored(self.layout, self._catalog, digest):
+            return True
+        with self._lock:
+            self._relied_on.add(digest)
+        return False
+
+    @property
+    def relied_on(self) -> set[Digest]:
+        """Objects that were claimed and are in the store already: publishing makes sure that they still are."""
+        with self._lock:
+            return set(self._relied_on)
 
     def add_block(
         self, kind: Kind, digest: Digest, data: Bytes, width: int, base: tuple[Digest, Bytes] | None = None

@@ -57,11 +57,12 @@ def test_a_parent_whose_clock_ran_ahead(bare: Store) -> None:
 
 
 def test_reads_no_further_than_asked(bare: Store) -> None:
-    lost = hash_bytes(b"a commit that is not there")
-    first = commit(1, lost)
+    lost = commit(0)
+    first = commit(1, lost.id)
     second = commit(2, first.id)
     third = commit(3, second.id)
-    put(bare, first, second, third)
+    put(bare, lost, first, second, third)
+    bare.catalog.write(lambda view: view.delete("commits", lost.id))
     assert messages(bare, third, limit=2) == ["3", "2"]
     with pytest.raises(NotFoundError):
         messages(bare, third)

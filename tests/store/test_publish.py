@@ -19,7 +19,7 @@ from mergepipe.store import Digest, Store
 from mergepipe.store import catalog as catalog_module
 from mergepipe.store import publish as publish_module
 from mergepipe.store.canonical import load_strict
-from mergepipe.store.commits import Commit
+from mergepipe.store.commits import Commit, Parent
 from mergepipe.store.digest import hash_bytes
 from mergepipe.store.errors import ConflictError, EnvironmentalError
 from mergepipe.store.frame import Kind
@@ -74,7 +74,7 @@ class TestRefs:
 
     def test_a_ref_that_should_not_exist_and_does(self, store: Store) -> None:
         one, other = commit_of("a"), commit_of("b")
-        publish(store.catalog, None, Changes(refs=[RefUpdate("m", None, one.id)]))
+        publish(store.catalog, None, Changes(commits=[one, other], refs=[RefUpdate("m", None, one.id)]))
         with pytest.raises(ConflictError, match=f"absent and is now {one.id.short}"):
             move(store, "m", None, other.id)
         move(store, "m", one.id, None)
@@ -90,6 +90,7 @@ class TestRefs:
 
     def test_every_move_is_logged(self, store: Store) -> None:
         one, other = commit_of("a").id, commit_of("b").id
+        publish(store.catalog, None, Changes(commits=[commit_of("a"), commit_of("b")]))
         for expected, new in ((None, one), (one, other), (other, None), (None, one)):
             move(store, "m", expected, new)
         rows = catalog_rows(store, "reflog")["reflog"]
@@ -100,6 +101,31 @@ class TestRefs:
         ]  # fmt: skip
         assert all((entry["reason"], entry["author"]) == ("test", "me") for entry in entries)
         move(store, "m", one, None)
+
+
+def test_what_was_collected_meanwhile_is_not_relied_on(store: Store) -> None:
+    """A parent, a ref's commit, a base block, and an object that was there when it was claimed."""
+    one = commit_of("a")
+    gone = replace(commit_of("b"), parents=(Parent(one.id, "previous"),))
+    for changes in (Changes(commits=[gone]), Changes(refs=[RefUpdate("m", None, one.id)])):
+        with pytest.raises(ConflictError, match="went away"):
+            publish(store.catalog, None, changes)
+    old, new = NOISE[0], NOISE[0] ^ 1
+    with Staging(store.layout, store.catalog) as staging:
+        stage(staging)
+        publish(store.catalog, staging, Changes())
+    with Staging(store.layout, store.catalog) as delta, Staging(store.layout, store.catalog) as again:
+        digest = hash_bytes(new.tobytes())
+        assert delta.claim(digest)
+        base = hash_bytes(old.tobytes())
+        assert delta.add_block(Kind.BLOCK, digest, new, 1, (base, old)).base == base
+        assert not again.claim(base)
+        store.catalog.write(lambda view: view.delete("objects", base))
+        for staging in (delta, again):
+            with pytest.raises(ConflictError, match=f"{base.short}.* went away"):
+                publish(store.catalog, staging, Changes())
+    assert not any(catalog_rows(store, "objects", "commits", "refs").values())
+    object_path(store, base).unlink()  # as a collection does
 
 
 class TestObjects:
@@ -416,7 +442,7 @@ class TestInterrupts:
         monkeypatch.setattr(publish_module, "_put_rows", interrupted)
         before = signal.getsignal(signal.SIGINT)
         commit = commit_of("a")
-        publish(store.catalog, None, Changes(refs=[RefUpdate("m", None, commit.id)]))
+        publish(store.catalog, None, Changes(commits=[commit], refs=[RefUpdate("m", None, commit.id)]))
         assert ref_of(store, "m") == commit.id
         assert signal.getsignal(signal.SIGINT) is before
         publish(store.catalog, None, Changes(refs=[RefUpdate("m", commit.id, None)]))

@@ -80,6 +80,7 @@ def execute(
     before = _ref_before(store, ref)
     checked = plan if isinstance(plan, CheckedPlan) else check_plan(store, plan, progress)
     with Staging(store.layout, store.catalog) as staging:
+        staging.pin(model.snapshot.commit_id for model in checked.models)
         run = _open_run(store, checked, staging, device, use_cache=use_cache and device == "cpu")
         tensors = compute(run, checked.facts.tensors, workers or default_workers(), progress)
         run.finished.check()

@@ -14,6 +14,7 @@ import threading
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -24,6 +25,7 @@ from mergepipe.store.digest import Digest
 from mergepipe.store.dtypes import DType
 from mergepipe.store.errors import BadInputError, ConflictError, DamagedError, UsageError
 from mergepipe.store.filesystem import exchange, explain_os_error, flush_directory, flush_filesystem, start_writeback
+from mergepipe.store.leases import reading
 from mergepipe.store.manifest import FileEntry, TensorEntry
 from mergepipe.store.objects import ObjectReader
 from mergepipe.store.parallel import Progress, counter, default_workers, run_bounded
@@ -97,7 +99,9 @@ def export_snapshot(
         if not is_safe_path(path):
             raise BadInputError(f"the commit has a file named {path!r}, which would leave the folder")
     partial = directory.with_name(f".{directory.name}.{secrets.token_hex(4)}.part")
+    lease = ExitStack()
     try:
+        lease.enter_context(reading(snapshot.reader.layout.temporary, [snapshot.commit_id]))
         partial.mkdir(parents=True)
         total = sum(len(shard.header.raw) + shard.header.data_bytes for shard in shards)
         expect(total, differences=snapshot.commit.parent("base") is not None)
@@ -113,6 +117,7 @@ def export_snapshot(
     except OSError as error:
         raise explain_os_error(error, f"writing {directory}") from error
     finally:
+        lease.close()
         shutil.rmtree(partial, ignore_errors=True)
     count = len(shards) + len(kept) + len(added)
     identical = unaltered and snapshot.commit.kind == "ingest"

@@ -9,19 +9,100 @@ from __future__ import annotations
 
 import json
 import os
+import secrets
 import shutil
 import socket
 import time
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
+from mergepipe.store.digest import DIGEST_BYTES, Digest
+
 _NAME: Final = "lease.json"
+_PINS: Final = "pins"
+_RELIED_ON: Final = "relied-on"
+
+
+@dataclass(frozen=True, slots=True)
+class Lease:
+    """A folder whose owner runs, or may run. ``pinned``: commits that it is reading."""
+
+    folder: Path
+    pinned: frozenset[Digest]
+
+    def relied_on(self) -> set[Digest]:
+        """Objects that were in the store when the owner wanted to write them, and that it counts on."""
+        return set(_ids(self.folder / _RELIED_ON))
 
 
 def write_lease(folder: Path) -> None:
     """Put this process's lease into its folder."""
     lease = {"pid": os.getpid(), "started": time.time(), **_surroundings()}
     (folder / _NAME).write_text(json.dumps(lease), encoding="utf-8")
+
+
+def pin(folder: Path, commits: Iterable[Digest]) -> None:
+    """Say in a lease's folder that these commits are being read, so that no collection takes their objects."""
+    with (folder / _PINS).open("ab") as file:
+        file.write(b"".join(commits))
+
+
+class ReliedOn:
+    """The file in a writer's folder that names what it relies on. Threads share it under the caller's lock."""
+
+    def __init__(self, folder: Path) -> None:
+        self._path = folder / _RELIED_ON
+        self._descriptor = -1
+
+    def add(self, digest: Digest) -> None:
+        if self._descriptor < 0:
+            self._descriptor = os.open(self._path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+        os.write(self._descriptor, digest)
+
+    def close(self) -> None:
+        if self._descriptor >= 0:
+            os.close(self._descriptor)
+            self._descriptor = -1
+
+
+@contextmanager
+def reading(temporary: Path, commits: Iterable[Digest]) -> Iterator[None]:
+    """A lease for a reader. Where nothing can be written there, nothing can be collected either."""
+    folder = temporary / f"{int(time.time())}-{os.getpid()}-{secrets.token_hex(4)}"
+    try:
+        folder.mkdir()
+        write_lease(folder)
+        pin(folder, commits)
+    except OSError:
+        shutil.rmtree(folder, ignore_errors=True)
+        yield
+        return
+    try:
+        yield
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def living_leases(temporary: Path) -> list[Lease]:
+    """The leases of all that run, and of all that cannot be judged."""
+    try:
+        folders = [Path(entry.path) for entry in os.scandir(temporary) if entry.is_dir(follow_symlinks=False)]
+    except OSError:
+        return []
+    return [Lease(folder, frozenset(_ids(folder / _PINS))) for folder in folders if not is_abandoned(folder)]
+
+
+def _ids(path: Path) -> Iterator[Digest]:
+    """Ids one after the other; a last one that is not whole is still being written."""
+    try:
+        data = path.read_bytes()
+    except OSError:
+        return
+    for start in range(0, len(data) - DIGEST_BYTES + 1, DIGEST_BYTES):
+        yield Digest(data[start : start + DIGEST_BYTES])
 
 
 def is_abandoned(folder: Path) -> bool:

@@ -12,6 +12,7 @@ import shutil
 import threading
 import time
 import zlib
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -23,7 +24,7 @@ from mergepipe.store.errors import MergePipeError
 from mergepipe.store.filesystem import explain_os_error, start_writeback
 from mergepipe.store.frame import HEADER_BYTES, Encoding, Header, Kind, pack_header
 from mergepipe.store.layout import Layout
-from mergepipe.store.leases import remove_abandoned, write_lease
+from mergepipe.store.leases import ReliedOn, pin, remove_abandoned, write_lease
 
 if TYPE_CHECKING:
     from mergepipe.store.codecs import Bytes
@@ -64,6 +65,7 @@ class Staging:
         try:
             self.path.mkdir(parents=True)
             write_lease(self.path)
+            self._relied_file = ReliedOn(self.path)
         except OSError as error:
             shutil.rmtree(self.path, ignore_errors=True)
             raise explain_os_error(error, f"making the writer's folder {self.path}") from error
@@ -73,7 +75,15 @@ class Staging:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        self._relied_file.close()
         shutil.rmtree(self.path, ignore_errors=True)
+
+    def pin(self, commits: Iterable[Digest]) -> None:
+        """Say that these commits are being read: no collection takes their objects while this writer lives."""
+        try:
+            pin(self.path, commits)
+        except OSError as error:
+            raise explain_os_error(error, "writing a lease") from error
 
     @property
     def written_bytes(self) -> int:
@@ -101,6 +111,10 @@ class Staging:
             return True
         with self._lock:
             self._relied_on.add(digest)
+            try:
+                self._relied_file.add(digest)
+            except OSError as error:
+                raise explain_os_error(error, "writing what is relied on") from error
         return False
 
     @property
@@ -169,6 +183,10 @@ class Staging:
             encoding, payload = (Encoding.DEFLATE, small) if len(small) < len(data) else (Encoding.RAW, data)
             self._write(digest, Header(kind, encoding, 1, len(data), len(payload), None), [payload])
         return digest
+
+    def put_encoded(self, digest: Digest, header: Header, payload: list[Buffer]) -> ObjectRow:
+        """Stage an object in the encoding that the caller chose, whether or not the store holds it already."""
+        return self._write(digest, header, payload)
 
     def _write(self, digest: Digest, header: Header, payload: list[Buffer]) -> ObjectRow:
         path = self.file_of(digest)

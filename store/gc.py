@@ -1,0 +1,341 @@
+"""``mp gc``: remove what nothing needs any more.
+
+*Kept* are: every commit that a ref points at, or pointed at within the grace period, or that somebody alive is reading;
+all commits that these were made from; everything that their trees, files and plans name; the base blocks of deltas
+among it; whatever is younger than the grace period (a writer touches what it relies on when it publishes); and what a
+writer that is still at work relies on. A lease that cannot be judged counts as alive.
+
+*Removed* is the rest: first its rows, in one write transaction, and only if no commit and no ref came or went since the
+marking (else it is marked again); then its files, under the write lock and only where there is still no row. Rows of
+results, statistics and previews go with the blocks that they are about; the cache of results keeps nothing alive. Files
+without a row that are older than the grace period, left by a crash, go as well. A collection that dies at any point
+leaves such files at most, and the next one removes them.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Iterator
+from collections.abc import Set as AbstractSet
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+from mergepipe.store.canonical import load_strict
+from mergepipe.store.catalog import ObjectRow, Reading, Writing
+from mergepipe.store.digest import DIGEST_BYTES, Digest
+from mergepipe.store.errors import BadInputError, DamagedError, UsageError
+from mergepipe.store.filesystem import explain_os_error
+from mergepipe.store.frame import Kind
+from mergepipe.store.history import reflog
+from mergepipe.store.leases import living_leases, remove_abandoned
+from mergepipe.store.refs import all_refs, load_commit
+from mergepipe.store.usage import object_ids
+
+if TYPE_CHECKING:
+    from mergepipe.store.store import Store
+
+DEFAULT_GRACE_SECONDS: Final = 14 * 86400
+_FILES_A_LOCK: Final = 256  # writers wait while files are removed, so not for all of them
+_HEX: Final = frozenset("0123456789abcdef")
+
+
+@dataclass(frozen=True, slots=True)
+class Collection:
+    """What goes, or went. ``objects`` and ``bytes``: those with rows, by kind; ``stray``: files without a row.
+
+    ``rows``: of results, statistics and previews that were about them. ``kept_young``: objects and bytes that nothing
+    needs and that are too young.
+    """
+
+    commits: int
+    objects: dict[str, int]
+    bytes: dict[str, int]
+    rows: int
+    stray_files: int
+    stray_bytes: int
+    kept_young: int
+    kept_young_bytes: int
+
+    @property
+    def freed_bytes(self) -> int:
+        """Of files, all together."""
+        return sum(self.bytes.values()) + self.stray_bytes
+
+
+@dataclass
+class _Marked:
+    """What is needed: commits, objects, tensor ids (with those of their inputs), and the state it was found in."""
+
+    commits: set[Digest] = field(default_factory=set)
+    objects: set[Digest] = field(default_factory=set)
+    tensors: set[Digest] = field(default_factory=set)
+    state: bytes = b""
+
+
+@dataclass(frozen=True, slots=True)
+class _Dead:
+    """What goes: commits, objects with their rows, and rows by database; and what is only too young to go."""
+
+    commits: set[Digest]
+    objects: dict[Digest, ObjectRow]
+    rows: list[tuple[str, bytes]]
+    young: dict[Digest, ObjectRow]
+
+
+def collect(store: Store, *, apply: bool = False, grace_seconds: float = DEFAULT_GRACE_SECONDS) -> Collection:
+    """Remove what nothing needs; without ``apply``, only say what that would be.
+
+    Raises:
+        DamagedError: a commit that is needed cannot be read, so nobody knows what it needs.
+        EnvironmentalError: the store cannot be written.
+    """
+    limit = int(time.time() - grace_seconds) + 1  # in whole seconds, as ages are kept: without grace, all is old
+    if apply:
+        remove_abandoned(store.layout.temporary)
+    while True:
+        marked = _mark(store, limit)
+        relied = _relied_on(store)
+        if not apply:
+            with store.catalog.reading() as view:
+                return _report(_dead(view, marked, relied, limit), _stray(store, limit))
+
+        def change(view: Writing, marked: _Marked = marked, relied: set[Digest] = relied) -> _Dead | None:
+            if _state(view) != marked.state:
+                return None  # commits or refs came or went meanwhile: mark again
+            dead = _dead(view, marked, relied | _relied_on(store), limit)
+            for commit in dead.commits:
+                view.delete("commits", commit)
+            for digest in dead.objects:
+                view.delete("objects", digest)
+                view.delete("damaged", digest)
+            for database, key in dead.rows:
+                view.delete(database, key)
+            return dead
+
+        dead = store.catalog.write(change)
+        if dead is not None:
+            break
+    _remove_files(store, [Path(store.layout.object_path(digest)) for digest in dead.objects])
+    stray = _stray(store, limit)
+    _remove_files(store, list(stray))
+    return _report(dead, stray)
+
+
+def _mark(store: Store, limit: int) -> _Marked:
+    """Everything that is needed, from the refs on."""
+    found = _Marked()
+    with store.catalog.reading() as view:
+        found.state = _state(view)
+        waiting = list(_roots(store, view, limit))
+        while waiting:
+            digest = waiting.pop()
+            if digest in found.commits:
+                continue
+            commit = load_commit(view, digest)
+            found.commits.add(digest)
+            waiting += [parent.commit for parent in commit.parents]
+            if commit.plan is not None:
+                waiting += [onto for onto in _named_in_plan(store, commit.plan) if view.get("commits", onto)]
+    for digest in found.commits:
+        snapshot = store.snapshot_of(digest)
+        found.objects |= object_ids(snapshot)
+        found.tensors |= {entry.id for entry in snapshot.tensors.values()}
+    with store.catalog.reading() as view:
+        rows = [view.object_row(digest) for digest in found.objects]
+        found.objects |= {row.base for row in rows if row is not None and row.base is not None}
+    return found
+
+
+def _roots(store: Store, view: Reading, limit: int) -> Iterator[Digest]:
+    """Commits that are needed by themselves."""
+    for ref in all_refs(view):
+        yield ref.commit
+    recent: set[Digest] = set()
+    for move in reflog(view):
+        if _unix_time(move.time) >= limit:
+            recent.update(commit for commit in (move.old, move.new) if commit is not None)
+    for lease in living_leases(store.layout.temporary):
+        recent.update(lease.pinned)
+    recent.update(Digest(key) for key, _ in view.items("commits") if _is_young(view, Digest(key), limit))
+    for commit in recent:
+        if view.get("commits", commit) is not None:  # else it went in an earlier collection
+            yield commit
+
+
+def _is_young(view: Reading, commit: Digest, limit: int) -> bool:
+    row = view.object_row(commit)
+    return row is not None and row.touched >= limit
+
+
+def _unix_time(text: str) -> float:
+    try:
+        return datetime.strptime(text, "%Y-%m-%dT%H:%M:%S.%fZ").replace(tzinfo=UTC).timestamp()
+    except ValueError:
+        return time.time()  # what cannot be read is kept
+
+
+def _named_in_plan(store: Store, plan: Digest) -> list[Digest]:
+    """Commits that a plan names beside its inputs, which are parents: the models that adapters go onto."""
+    try:
+        value: Any = load_strict(store.reader.read_record(Kind.PLAN, plan), f"plan {plan.short}")
+        inputs = [value["base"], *value["experts"]]
+        return [Digest.parse(item["onto"]) for item in inputs if item.get("onto")]
+    except (BadInputError, DamagedError):
+        return []  # a damaged plan names nothing, and `mp verify` reports it
+    except (KeyError, TypeError, ValueError, AttributeError):
+        return []
+
+
+def _state(view: Reading) -> bytes:
+    """Changes where a commit or a ref comes or goes."""
+    from blake3 import blake3
+
+    hasher = blake3()
+    for database in ("commits", "refs"):
+        for key, value in view.items(database):
+            hasher.update(len(key).to_bytes(4, "little") + key)
+            if database == "refs":
+                hasher.update(value)
+    return hasher.digest()
+
+
+def _relied_on(store: Store) -> set[Digest]:
+    """Objects that writers at work rely on, whether anything else needs them or not."""
+    found: set[Digest] = set()
+    for lease in living_leases(store.layout.temporary):
+        found |= lease.relied_on()
+    return found
+
+
+def _dead(view: Reading, marked: _Marked, relied: AbstractSet[Digest], limit: int) -> _Dead:
+    commits = {Digest(key) for key, _ in view.items("commits") if key not in marked.commits}
+    dead, young = {}, {}
+    previews = _needed_previews(view, marked.objects)
+    for key, _ in view.items("objects"):
+        digest = Digest(key)
+        row = view.object_row(digest)
+        if row is None or digest in marked.objects or digest in relied or digest in previews:
+            continue
+        (young if row.touched >= limit else dead)[digest] = row
+    for base in _bases(view, young, relied):
+        if base in dead:
+            young[base] = dead.pop(base)
+    rows = [
+        ("children", key)
+        for key, _ in view.items("children")
+        if key[:DIGEST_BYTES] in commits or key[DIGEST_BYTES:] in commits
+    ]
+    rows += [("results", key) for key, value in view.items("results") if _is_gone(view, value, dead, commits)]
+    for database in ("deltas", "previews"):
+        for key, value in view.items(database):
+            parts = [key[:DIGEST_BYTES], key[DIGEST_BYTES : 2 * DIGEST_BYTES]]
+            parts += [value[:DIGEST_BYTES]] if database == "previews" else []
+            if any(part in dead for part in parts):
+                rows.append((database, key))
+    rows += [("tensors", key) for key, _ in view.items("tensors") if _is_pair_of_others(key, marked)]
+    return _Dead(commits, dead, rows, young)
+
+
+def _is_gone(view: Reading, value: bytes, dead: dict[Digest, ObjectRow], commits: set[Digest]) -> bool:
+    """Whether what a recipe led to, a block or a commit, is not there, or will not be."""
+    if value in dead or value in commits:
+        return True
+    return view.get("objects", value) is None and view.get("commits", value) is None
+
+
+def _is_pair_of_others(key: bytes, marked: _Marked) -> bool:
+    """Whether a row is about a pair of tensors of which no model that is kept has one."""
+    if len(key) != 2 * DIGEST_BYTES:
+        return False
+    return key[:DIGEST_BYTES] not in marked.tensors and key[DIGEST_BYTES:] not in marked.tensors
+
+
+def _needed_previews(view: Reading, objects: AbstractSet[Digest]) -> set[Digest]:
+    """The previews of pairs of blocks that are both needed."""
+    return {
+        Digest(value[:DIGEST_BYTES])
+        for key, value in view.items("previews")
+        if value and key[:DIGEST_BYTES] in objects and key[DIGEST_BYTES : 2 * DIGEST_BYTES] in objects
+    }
+
+
+def _bases(view: Reading, young: dict[Digest, ObjectRow], relied: AbstractSet[Digest]) -> set[Digest]:
+    """What the deltas among objects that stay, though no commit needs them, are stored against."""
+    found = {row.base for row in young.values() if row.base is not None}
+    for digest in relied:
+        row = view.object_row(digest)
+        if row is not None and row.base is not None:
+            found.add(row.base)
+    return found
+
+
+def _stray(store: Store, limit: int) -> dict[Path, int]:
+    """Files among the objects that have no row and are older than the limit, with their sizes."""
+    found: dict[Path, int] = {}
+    for folder in os.scandir(store.layout.objects):
+        if not folder.is_dir(follow_symlinks=False) or len(folder.name) != 2:
+            continue
+        files = [entry for entry in os.scandir(folder.path) if entry.is_file(follow_symlinks=False)]
+        with store.catalog.reading() as view:
+            for entry in files:
+                name = folder.name + entry.name
+                if len(name) != 2 * DIGEST_BYTES or not set(name) <= _HEX:
+                    continue  # not ours
+                if view.get("objects", bytes.fromhex(name)) is None:
+                    status = entry.stat(follow_symlinks=False)
+                    if status.st_mtime < limit:
+                        found[Path(entry.path)] = status.st_size
+    return found
+
+
+def _remove_files(store: Store, paths: list[Path]) -> None:
+    """Remove object files, but for those that have a row again: somebody may have written them anew."""
+
+    def removal(batch: list[Path]) -> Callable[[Writing], None]:
+        def remove(view: Writing) -> None:
+            for path in batch:
+                if view.get("objects", bytes.fromhex(path.parent.name + path.name)) is None:
+                    path.unlink(missing_ok=True)
+
+        return remove
+
+    try:
+        for start in range(0, len(paths), _FILES_A_LOCK):
+            store.catalog.write(removal(paths[start : start + _FILES_A_LOCK]))
+    except OSError as error:
+        raise explain_os_error(error, "removing objects") from error
+
+
+def _report(dead: _Dead, stray: dict[Path, int]) -> Collection:
+    objects: dict[str, int] = {}
+    sizes: dict[str, int] = {}
+    for row in dead.objects.values():
+        kind = row.kind.name.lower()
+        objects[kind] = objects.get(kind, 0) + 1
+        sizes[kind] = sizes.get(kind, 0) + row.stored_bytes
+    return Collection(
+        commits=len(dead.commits),
+        objects=objects,
+        bytes=sizes,
+        rows=len(dead.rows),
+        stray_files=len(stray),
+        stray_bytes=sum(stray.values()),
+        kept_young=len(dead.young),
+        kept_young_bytes=sum(row.stored_bytes for row in dead.young.values()),
+    )
+
+
+def parse_age(text: str) -> float:
+    """Seconds from ``14d``, ``12h``, ``30m``, ``0``; raises UsageError."""
+    units = {"d": 86400.0, "h": 3600.0, "m": 60.0, "s": 1.0}
+    unit = units.get(text[-1:], 0.0)
+    try:
+        value = float(text[:-1]) * unit if unit else float(text)
+    except ValueError:
+        value = -1.0
+    if not 0 <= value < 1e9 or (not unit and value):
+        raise UsageError(f"{text!r} is not an age", hint="Write a number and d, h or m, as in 14d; or 0.")
+    return value

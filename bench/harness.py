@@ -81,8 +81,13 @@ def drop_page_cache() -> bool:
 
 
 def environment() -> dict[str, str]:
-    """This process's environment without what would point `mp` at another store."""
-    return {key: value for key, value in os.environ.items() if not key.startswith("MP_")}
+    """This process's environment without what would point `mp` at another store, and with compiled modules kept.
+
+    Installed packages have theirs from the start, and a source tree should not be compiled anew for each run.
+    """
+    others = {key: value for key, value in os.environ.items() if not key.startswith("MP_")}
+    others.pop("PYTHONDONTWRITEBYTECODE", None)
+    return others
 
 
 def run_command(command: Command, cwd: Path) -> Run:

@@ -7,6 +7,7 @@ understood; 130 after Ctrl-C, 143 after SIGTERM, 141 where nobody reads the outp
 
 from __future__ import annotations
 
+import gc
 import os
 import signal
 import sys
@@ -30,6 +31,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         from mergepipe.cli.failures import report
 
         return report(error, as_json="--json" in words)
+    finally:
+        if arguments is None:  # the process ends: what is left need not be searched for garbage, twice, on the way out
+            gc.freeze()
 
 
 def _run(words: list[str]) -> int:

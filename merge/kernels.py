@@ -10,9 +10,9 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-from numba import njit
 from numpy.typing import NDArray
 
+from mergepipe.store.compiling import compile_cached
 from mergepipe.store.kernels import compiled
 
 Tile = NDArray[np.float32]
@@ -20,10 +20,7 @@ Tile = NDArray[np.float32]
 
 def dividing(function: Callable[..., Any]) -> Any:
     """As ``compiled``, but dividing by zero gives an infinity, not an exception, so loops that divide vectorise."""
-    try:
-        return njit(nogil=True, cache=True, error_model="numpy")(function)
-    except RuntimeError:  # as there
-        return njit(nogil=True, error_model="numpy")(function)
+    return compile_cached(function, error_model="numpy")
 
 
 @compiled

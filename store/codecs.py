@@ -8,7 +8,7 @@ The ordered difference maps sign-magnitude floats to integers that keep their or
 (``x ^ ((x >> (bits-1)) & max)``), subtracts with wrap-around, and folds the sign into the lowest bit (zigzag), so
 that a small change of a weight is a small number whatever its exponent.
 
-Encoding runs compiled kernels. Loading them takes most of a second, so a process that only decodes does without
+Encoding runs compiled kernels. Loading them takes a quarter of a second, so a process that only decodes does without
 (:mod:`mergepipe.store.plain_decoding`), unless they are loaded already, or there is much to do (:func:`expect`).
 
 Both also work as numcodecs codecs (:mod:`mergepipe.store.numcodecs_codecs`).
@@ -48,7 +48,7 @@ _WORTH_IT: Final = 0.97  # a stream must shrink below this share to be worth its
 _KERNELS: Final = "mergepipe.store.kernels"
 # From how many bytes on the kernels are worth their loading: joining planes is nearly as fast without them, adding
 # differences is several times slower.
-_WORTH_LOADING_BYTES: Final = {False: 3 * 10**9, True: 4 * 10**8}
+_WORTH_LOADING_BYTES: Final = {False: 15 * 10**8, True: 2 * 10**8}
 
 
 class _Scratch(threading.local):

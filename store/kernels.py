@@ -17,17 +17,17 @@ import numpy as np
 from numba import njit
 from numpy.typing import NDArray
 
+from mergepipe.store.compiling import compile_cached
 from mergepipe.store.norms import SKETCH_SIZE
 
-_FLUSH_ROWS: Final = 64  # float32 sums are moved to float64 after this many rows, which bounds their error
+_GROUP_ROWS: Final = 4  # rows of 64 elements that are summed at once
+_GROUP: Final = _GROUP_ROWS * SKETCH_SIZE
+_FLUSH_GROUPS: Final = 16  # float32 sums are moved to float64 after this many groups, which bounds their error
 
 
 def compiled(function: Callable[..., Any]) -> Any:
     """Compile on first use, release the GIL, keep the machine code in a cache where one can be written."""
-    try:
-        return njit(nogil=True, cache=True)(function)
-    except RuntimeError:  # neither the package's folder nor the user's cache can be written
-        return njit(nogil=True)(function)
+    return compile_cached(function)
 
 
 def inlined(function: Callable[..., Any]) -> Any:
@@ -162,43 +162,69 @@ def signs_of_row(row: int) -> np.uint64:
 
 
 @inlined
-def _row(
+def _flipped(x: np.float32, signs: np.uint32, place: int) -> np.float32:
+    """``x``, its sign flipped where bit ``place`` of 32 is set."""
+    flip = np.uint32(np.uint32(signs << np.uint32(31 - place)) & np.uint32(0x80000000))
+    return np.uint32(np.float32(x).view(np.uint32) ^ flip).view(np.float32)
+
+
+@inlined
+def _rows(
     delta: NDArray[np.float32],
-    width: int,
-    row: int,
+    count: int,
+    group: int,
     lanes: NDArray[np.float32],
     bins: NDArray[np.uint32],
     histogram: NDArray[np.uint32],
-) -> int:
-    """One row of at most 64 elements; returns how many are not zero.
+) -> np.uint32:
+    """A group of rows, ``count`` elements and zeros after them; returns how many are not zero.
 
-    ``lanes`` are squares, magnitudes, largest magnitudes and signed sums. A histogram without bins counts nothing.
+    ``lanes`` are squares, magnitudes, largest magnitudes and signed sums. Each lane takes its rows one after the other:
+    a group of them between two visits to memory. A histogram without bins counts nothing.
     """
-    signs = signs_of_row(row)
-    changed = 0
-    for j in range(width):
-        x = delta[j]
-        flip = np.uint32(np.uint32((signs >> np.uint64(j)) & np.uint64(1)) << np.uint32(31))
-        lanes[3, j] += np.uint32(np.float32(x).view(np.uint32) ^ flip).view(np.float32)
-        m = abs(x)
-        lanes[0, j] += x * x
-        lanes[1, j] += m
-        lanes[2, j] = m if m > lanes[2, j] else lanes[2, j]
-        changed += x != 0
-        bins[j] = np.uint32(np.float32(m).view(np.uint32) >> np.uint32(16))
+    changed = np.uint32(0)
+    for i in range(_GROUP):
+        changed = np.uint32(changed + np.uint32(delta[i] != 0))
+    for j in range(SKETCH_SIZE):
+        squares, total, largest = lanes[0, j], lanes[1, j], lanes[2, j]
+        for row in range(_GROUP_ROWS):
+            x = delta[row * SKETCH_SIZE + j]
+            m = abs(x)
+            squares += x * x
+            total += m
+            largest = m if m > largest else largest
+        lanes[0, j], lanes[1, j], lanes[2, j] = squares, total, largest
+    s0, s1 = signs_of_row(group * _GROUP_ROWS), signs_of_row(group * _GROUP_ROWS + 1)
+    s2, s3 = signs_of_row(group * _GROUP_ROWS + 2), signs_of_row(group * _GROUP_ROWS + 3)
+    for half in range(2):
+        shift = np.uint64(32 * half)
+        w0, w1, w2, w3 = np.uint32(s0 >> shift), np.uint32(s1 >> shift), np.uint32(s2 >> shift), np.uint32(s3 >> shift)
+        for i in range(32):
+            j = 32 * half + i
+            signed = lanes[3, j]
+            signed += _flipped(delta[j], w0, i)
+            signed += _flipped(delta[SKETCH_SIZE + j], w1, i)
+            signed += _flipped(delta[2 * SKETCH_SIZE + j], w2, i)
+            signed += _flipped(delta[3 * SKETCH_SIZE + j], w3, i)
+            lanes[3, j] = signed
     if histogram.shape[1] > 0:
-        for j in range(width):
-            histogram[j & 1, bins[j]] += np.uint32(1)
+        for i in range(_GROUP):
+            bins[i] = np.uint32(np.float32(abs(delta[i])).view(np.uint32) >> np.uint32(16))
+        for i in range(count):
+            histogram[i & 1, bins[i]] += np.uint32(1)
     return changed
 
 
 @inlined
 def _flush(lanes: NDArray[np.float32], sketch: NDArray[np.float64], out: NDArray[np.float64]) -> None:
     """Move the lanes' float32 sums to float64."""
+    squares, total, largest = out[1], out[2], out[3]
     for j in range(SKETCH_SIZE):
-        out[1] += lanes[0, j]
-        out[2] += lanes[1, j]
-        out[3] = max(out[3], lanes[2, j])
+        squares += lanes[0, j]
+        total += lanes[1, j]
+        largest = max(largest, lanes[2, j])
+    out[1], out[2], out[3] = squares, total, largest
+    for j in range(SKETCH_SIZE):
         sketch[j] += lanes[3, j]
         lanes[0, j] = lanes[1, j] = lanes[3, j] = 0
 
@@ -213,17 +239,18 @@ def statistics_bfloat16(
 ) -> None:
     """:func:`statistics_float32` of ``new - old``, both bfloat16 bit patterns."""
     lanes = np.zeros((4, SKETCH_SIZE), np.float32)
-    delta = np.zeros(SKETCH_SIZE, np.float32)
-    bins = np.zeros(SKETCH_SIZE, np.uint32)
-    rows = (new.size + SKETCH_SIZE - 1) // SKETCH_SIZE
-    for row in range(rows):
-        start = row * SKETCH_SIZE
-        width = min(SKETCH_SIZE, new.size - start)
-        for j in range(width):
-            a = np.uint32(np.uint32(new[start + j]) << np.uint32(16)).view(np.float32)
-            delta[j] = a - np.uint32(np.uint32(old[start + j]) << np.uint32(16)).view(np.float32)
-        out[0] += _row(delta, width, row, lanes, bins, histogram)
-        if row % _FLUSH_ROWS == _FLUSH_ROWS - 1 or row == rows - 1:
+    delta = np.zeros(_GROUP, np.float32)
+    bins = np.zeros(_GROUP, np.uint32)
+    groups = (new.size + _GROUP - 1) // _GROUP
+    for group in range(groups):
+        start = group * _GROUP
+        count = min(_GROUP, new.size - start)
+        for i in range(count):
+            a = np.uint32(np.uint32(new[start + i]) << np.uint32(16)).view(np.float32)
+            delta[i] = a - np.uint32(np.uint32(old[start + i]) << np.uint32(16)).view(np.float32)
+        delta[count:] = 0
+        out[0] += _rows(delta, count, group, lanes, bins, histogram)
+        if group % _FLUSH_GROUPS == _FLUSH_GROUPS - 1 or group == groups - 1:
             _flush(lanes, sketch, out)
 
 
@@ -240,13 +267,17 @@ def statistics_float32(
     Sums run in 64 lanes, one for each place in a row.
     """
     lanes = np.zeros((4, SKETCH_SIZE), np.float32)
-    bins = np.zeros(SKETCH_SIZE, np.uint32)
-    rows = (delta.size + SKETCH_SIZE - 1) // SKETCH_SIZE
-    for row in range(rows):
-        start = row * SKETCH_SIZE
-        width = min(SKETCH_SIZE, delta.size - start)
-        out[0] += _row(delta[start : start + width], width, row, lanes, bins, histogram)
-        if row % _FLUSH_ROWS == _FLUSH_ROWS - 1 or row == rows - 1:
+    rows = np.zeros(_GROUP, np.float32)
+    bins = np.zeros(_GROUP, np.uint32)
+    groups = (delta.size + _GROUP - 1) // _GROUP
+    for group in range(groups):
+        start = group * _GROUP
+        count = min(_GROUP, delta.size - start)
+        for i in range(count):
+            rows[i] = delta[start + i]
+        rows[count:] = 0
+        out[0] += _rows(rows, count, group, lanes, bins, histogram)
+        if group % _FLUSH_GROUPS == _FLUSH_GROUPS - 1 or group == groups - 1:
             _flush(lanes, sketch, out)
 
 

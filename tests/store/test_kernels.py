@@ -130,6 +130,28 @@ def test_statistics(elements: int, seed: int) -> None:
     np.testing.assert_allclose(sketch, lanes, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("elements", [0, 1, 63, 64, 65, 255, 256, 257, 4095, 4096, 4097, 4096 + 320, 3 * 4096 + 1])
+def test_sums_follow_one_order_to_the_last_bit(elements: int) -> None:
+    """Plans are known by what follows from these: in float32 down each of 64 lanes, moved to float64 every 64 rows."""
+    delta = np.random.default_rng(elements).standard_normal(elements).astype(np.float32)
+    sketch, out = np.zeros(norms.SKETCH_SIZE), np.zeros(4)
+    kernels.statistics_float32(delta, np.empty((2, 0), np.uint32), sketch, out)
+    signed = (delta * expected_signs(elements)).astype(np.float32)
+    lanes = np.zeros(64)
+    squares = total = 0.0
+    for start in range(0, elements, 64 * 64):
+        part = [np.zeros(64, np.float32) for _ in range(3)]
+        for row in range(start, min(start + 64 * 64, elements), 64):
+            x = delta[row : row + 64]
+            for lane, values in zip(part, (x * x, abs(x), signed[row : row + 64]), strict=True):
+                lane[: x.size] += values
+        for square, magnitude in zip(part[0].tolist(), part[1].tolist(), strict=True):
+            squares, total = squares + square, total + magnitude
+        lanes += part[2]
+    assert out.tolist() == [np.count_nonzero(delta), squares, total, max(abs(delta), default=0)]
+    assert np.array_equal(sketch, lanes)
+
+
 @given(st.integers(1, 700), st.integers(0, 2**32 - 1))
 def test_statistics_of_bfloat16_are_those_of_the_float32_difference(elements: int, seed: int) -> None:
     generator = np.random.default_rng(seed)

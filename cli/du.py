@@ -31,7 +31,8 @@ def command(
     """Show what the store takes on disk, and which ref holds it.
 
     logical: the model as it came. stored: its objects as they lie on disk, with the base blocks that its
-    differences need. alone: what no other ref needs as well, and so what `mp rm` could make free.
+    differences need. alone: what no other ref needs as well, and so what `mp rm` could make free. previews: of its
+    blocks, which are counted apart; `mp gc --previews` drops all of them.
     """
     with open_store(store) as opened:
         if refs:
@@ -50,11 +51,12 @@ def command(
             format_size(ref.logical_bytes),
             format_size(ref.stored_bytes),
             format_size(ref.alone_bytes),
+            format_size(ref.preview_bytes) if ref.previews else "",
         ]
         for ref in found.refs
     ]
     if rows:
-        print_table(["ref", "logical", "stored", "alone"], rows, right="logical stored alone")
+        print_table(["ref", "logical", "stored", "alone", "previews"], rows, right="logical stored alone previews")
     if refs:
         return
     say()
@@ -62,3 +64,8 @@ def command(
     say(f"logical       {format_size(found.logical_bytes)} in {plural(len(found.refs), 'ref')}")
     say(f"deduplicated  {format_size(found.unique_bytes)}")
     say(f"stored        {format_size(found.stored_bytes)} in {plural(found.objects, 'object')}{ratio}")
+    if found.previews:
+        of_these = f"{format_size(found.preview_bytes)} of that in {plural(found.previews, 'preview')}"
+        whole = found.previewed_bytes
+        part = f", {found.preview_bytes / whole:.1%} of {format_size(whole)} in their blocks" if whole else ""
+        say(f"previews      {of_these}{part}")

@@ -35,7 +35,7 @@ def command(
     """Check every byte of the store against its id.
 
     Ends with exit code 5 where something is damaged, and says which refs and tensors need it. Damage is
-    remembered: ingesting the same checkpoint again repairs it.
+    remembered: ingesting the same checkpoint again repairs it, and `mp analyze REF --previews` damaged previews.
     """
     from mergepipe.store.check import verify
 
@@ -70,4 +70,8 @@ def _print(report: VerifyReport, *, fast: bool) -> None:
         for user in damage.used_by:
             say(f"         needed by {user}")
     say(f"{looked}: {plural(len(report.damaged), 'object')} damaged")
-    note("hint: Ingest the same checkpoints again: what is damaged is then written anew.")
+    kinds = {damage.kind == "preview" for damage in report.damaged}
+    if False in kinds:
+        note("hint: Ingest the same checkpoints again: what is damaged is then written anew.")
+    if True in kinds:
+        note("hint: `mp analyze REF --previews` makes damaged previews anew.")

@@ -21,7 +21,7 @@ from mergepipe.store.digest import Digest
 from mergepipe.store.dtypes import DType
 from mergepipe.store.errors import DamagedError
 from mergepipe.store.objects import ObjectReader, Role
-from mergepipe.store.previews import Preview, content_size, read_preview
+from mergepipe.store.previews import CODES_START, Preview, content_size, read_preview
 from mergepipe.store.statistics import to_float32
 
 if TYPE_CHECKING:
@@ -95,7 +95,7 @@ class Loaded:
             scales[number] = preview.scales
         size = content_size(elements)
         contents = scratch.bytes("previews", count * size).reshape(count, size)
-        return Looks(coarse, contents, size - found[0][1].codes.size, scales)
+        return Looks(coarse, contents, CODES_START, scales)
 
     def without(self, unread: Collection[int]) -> Loaded:
         """The same place as if these experts had not been read."""
@@ -262,9 +262,12 @@ class _Reading:
             self.bench.reader.read_block(digest, content, Role.EXPERT)
             self.known[digest, digest] = content
         try:
-            return read_preview(content)
+            preview = read_preview(content)
+            if preview.base != self.base.id or preview.elements != self.elements:
+                raise ValueError("it is one of another block")
         except ValueError as error:
             raise DamagedError(f"object {digest.short} is no preview of its block: {error}") from error
+        return preview
 
     def _block(self, buffer: str, digest: Digest, dtype: DType, owner: Digest) -> Bytes:
         if (owner, digest) not in self.known:

@@ -65,7 +65,6 @@ class _Work:
     reader: ObjectReader
     changes: Changes = field(default_factory=Changes)
     looked_into: set[bytes] = field(default_factory=set)
-    relied_on: set[Digest] = field(default_factory=set)
     previewed_bytes: int = 0
     lock: threading.Lock = field(default_factory=threading.Lock)
 
@@ -119,8 +118,6 @@ class _Work:
             self.changes.previews[key] = b"" if made is None else made.pack()
             if made is not None:
                 self.previewed_bytes += other.nbytes
-                if made.id not in staging.rows:
-                    self.relied_on.add(made.id)
 
 
 def analyze(
@@ -153,7 +150,6 @@ def _analyze(store: Store, staging: Staging | None, pairs: Sequence[Pair], progr
     workers = default_workers()
     with ThreadPoolExecutor(workers, thread_name_prefix="analyze") as pool:
         run_bounded(pool, one, places, ahead=2 * workers)
-    work.changes.relied_on = tuple(work.relied_on)
     publish(store.catalog, staging, work.changes)
     return Analysis(
         tensors=len(todo),

@@ -2,7 +2,8 @@
 
 Each object's frame, content and id are checked, each row against its file, each commit and tree against the rows. What
 is damaged is reported with what uses it, and marked in the catalog, so that the next ingest of the same bytes writes it
-anew. An object that is well again loses its mark.
+anew. An object that is well again loses its mark. Previews are checked against their rows too, and made again by
+:mod:`mergepipe.store.analyze`.
 """
 
 from __future__ import annotations
@@ -13,13 +14,16 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Final
 
+import numpy as np
+
 from mergepipe.store.catalog import ObjectRow, Writing
 from mergepipe.store.codecs import expect
 from mergepipe.store.commits import decode_commit
-from mergepipe.store.digest import Digest
+from mergepipe.store.digest import DIGEST_BYTES, Digest
 from mergepipe.store.errors import BadInputError, DamagedError, MergePipeError
 from mergepipe.store.frame import Encoding, Kind
 from mergepipe.store.parallel import Progress, counter, default_workers, run_bounded
+from mergepipe.store.previews import LEVEL, PreviewRow, read_preview, unpack_row
 from mergepipe.store.refs import all_refs
 from mergepipe.store.snapshot import Snapshot
 from mergepipe.store.usage import object_ids, with_bases
@@ -49,9 +53,26 @@ class VerifyReport:
     damaged: tuple[Damage, ...]
 
 
+@dataclass(frozen=True, slots=True)
+class _Previewed:
+    """A row of the catalog's previews: the two blocks, and what it says."""
+
+    base: Digest
+    block: Digest
+    row: PreviewRow
+
+
 @dataclass
 class _Findings:
+    """What was found so far.
+
+    ``reasons``: of each damaged object its kind and what is wrong. ``rows``: likewise, of objects that a preview's
+    wrong row names; they may be well themselves. ``previews``: those rows that can be read, by the preview's id.
+    """
+
     reasons: dict[Digest, tuple[str, str]] = field(default_factory=dict)
+    rows: dict[Digest, tuple[str, str]] = field(default_factory=dict)
+    previews: dict[Digest, list[_Previewed]] = field(default_factory=dict)
     checked_bytes: int = 0
     done: int = 0
     lock: threading.Lock = field(default_factory=threading.Lock)
@@ -68,17 +89,21 @@ def verify(
         NotFoundError: ``ref`` does not exist.
     """
     findings = _Findings()
+    _read_preview_rows(store, findings)
     if ref is None:
         rows = _all_rows(store)
         _check_records(store, rows, findings)
     else:
         rows = _rows_of(store, store.snapshot(ref), findings)
+    _check_preview_rows(rows, findings)
     advance = counter(progress, "verify", sum(row.stored_bytes for row in rows.values()))
 
     def one(item: tuple[Digest, ObjectRow]) -> None:
         digest, row = item
         try:
             _check_object(store, digest, row, fast=fast)
+            if row.kind is Kind.PREVIEW and not fast:
+                _check_preview(store, digest, row, findings.previews.get(digest, ()))
         except MergePipeError as error:
             with findings.lock:
                 findings.reasons[digest] = (row.kind.name.lower(), error.message)
@@ -92,11 +117,9 @@ def verify(
     with ThreadPoolExecutor(workers, thread_name_prefix="verify") as pool:
         run_bounded(pool, one, rows.items(), ahead=2 * workers)
     _mark(store, rows, set(findings.reasons), fast=fast)
-    users = _users(store, set(findings.reasons)) if findings.reasons else {}
-    damaged = tuple(
-        Damage(digest, kind, reason, tuple(users.get(digest, ())))
-        for digest, (kind, reason) in sorted(findings.reasons.items())
-    )
+    found = sorted([*findings.reasons.items(), *findings.rows.items()])
+    users = _users(store, {digest for digest, _ in found}, findings) if found else {}
+    damaged = tuple(Damage(digest, *what, tuple(users.get(digest, ()))) for digest, what in found)
     return VerifyReport(len(rows), findings.checked_bytes, damaged)
 
 
@@ -113,7 +136,14 @@ def _rows_of(store: Store, snapshot: Snapshot, findings: _Findings) -> dict[Dige
         needed = with_bases(store, object_ids(snapshot))
     except DamagedError:  # nobody knows what a damaged tree needs: look at everything
         return _all_rows(store)
+    findings.rows = {block: what for block, what in findings.rows.items() if block in needed}
+    of_these = ((digest, [each for each in all_ if each.block in needed]) for digest, all_ in findings.previews.items())
+    findings.previews = {digest: previewed for digest, previewed in of_these if previewed}
     with store.catalog.reading() as view:
+        for digest in findings.previews:
+            row = view.object_row(digest)
+            if row is not None:
+                rows[digest] = row
         for digest in needed:
             row = view.object_row(digest)
             if row is None:
@@ -137,6 +167,47 @@ def _check_object(store: Store, digest: Digest, row: ObjectRow, *, fast: bool) -
             base = view.object_row(row.base)
         if base is None or base.encoding is Encoding.DELTA:
             raise DamagedError(f"object {digest.short} is a delta to {row.base.short}, which is not there or a delta")
+
+
+def _read_preview_rows(store: Store, findings: _Findings) -> None:
+    """All rows of previews, by the preview's id; those that say that there is none are passed over."""
+    with store.catalog.reading() as view:
+        for key, value in view.items("previews"):
+            base, block = Digest(key[:DIGEST_BYTES]), Digest(key[DIGEST_BYTES : 2 * DIGEST_BYTES])
+            if key[2 * DIGEST_BYTES :] != bytes([LEVEL]) or not value:
+                continue
+            try:
+                row = unpack_row(value)
+            except DamagedError:
+                reason = f"the catalog's row of the preview of its difference to {base.short} cannot be read"
+                findings.rows[block] = ("preview", reason)
+            else:
+                findings.previews.setdefault(row.id, []).append(_Previewed(base, block, row))
+
+
+def _check_preview_rows(rows: Mapping[Digest, ObjectRow], findings: _Findings) -> None:
+    """Each row of a preview names an object that there is, of that kind and size."""
+    for digest, previewed in findings.previews.items():
+        found = rows.get(digest)
+        if found is None:
+            findings.rows[digest] = ("preview", f"object {digest.short} is not in the catalog")
+        elif found.kind is not Kind.PREVIEW:
+            findings.rows[digest] = ("preview", f"object {digest.short} is a {found.kind.name.lower()}, no preview")
+        elif any(each.row.stored_bytes != found.stored_bytes for each in previewed):
+            reason = f"object {digest.short} does not have the size that the preview's row in the catalog says"
+            findings.rows[digest] = ("preview", reason)
+
+
+def _check_preview(store: Store, digest: Digest, row: ObjectRow, previewed: Iterable[_Previewed]) -> None:
+    """A preview's content is one, and says what the catalog says."""
+    try:
+        preview = read_preview(np.frombuffer(store.reader.read_piece(digest, row.raw_bytes), np.uint8))
+    except ValueError as error:
+        raise DamagedError(f"object {digest.short} is no preview: {error}") from error
+    for each in previewed:
+        found = (preview.base, preview.block, preview.residual)
+        if found != (each.base, each.block, each.row.residual):
+            raise DamagedError(f"the preview {digest.short} is not what its row in the catalog says")
 
 
 def _check_records(store: Store, rows: dict[Digest, ObjectRow], findings: _Findings) -> None:
@@ -190,15 +261,19 @@ def _mark(store: Store, rows: Iterable[Digest], damaged: set[Digest], *, fast: b
     store.catalog.write(change)
 
 
-def _users(store: Store, damaged: set[Digest]) -> dict[Digest, list[str]]:
-    """Which refs, tensors and files need each damaged object, directly or as the base of a delta."""
+def _users(store: Store, damaged: set[Digest], findings: _Findings) -> dict[Digest, list[str]]:
+    """Which refs, tensors and files need each damaged object, directly or as the base of a delta, or as a preview."""
+    coarse: dict[Digest, list[Digest]] = {}
+    for digest in damaged & findings.previews.keys():
+        for each in findings.previews[digest]:
+            coarse.setdefault(each.block, []).append(digest)
     with store.catalog.reading() as view:
         refs = all_refs(view)
         needs = {Digest(key): _base_in(value, damaged) for key, value in view.items("objects")}
     users: dict[Digest, list[str]] = {}
 
     def note(digest: Digest, user: str) -> None:
-        for found in (digest, needs.get(digest)):
+        for found in (digest, needs.get(digest), *coarse.get(digest, ())):
             if found in damaged:
                 names = users.setdefault(found, [])
                 if user not in names and len(names) < _MAXIMUM_USERS:

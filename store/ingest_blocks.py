@@ -213,10 +213,8 @@ class BlockPipeline:
             self.previews[preview_key(base.id, digest)] = b"" if found is None else found.pack()
             if found is not None:
                 work.previews += 1
-                if found.id in self.staging.rows:
+                if found.id in self.staging.rows:  # else its object was there
                     work.preview_bytes += found.stored_bytes
-                else:
-                    self.relied_on.add(found.id)
 
     def _finish(
         self, work: TensorWork, index: int, digest: Digest, at_base: tuple[Digest, int] | None, *,

@@ -37,6 +37,7 @@ LEAST_ELEMENTS: Final = 4 * SEGMENT
 WORTH_IT: Final = 0.7  # of the exact block's stored bytes: a preview that takes more is not kept
 _CODE_BYTES: Final = SEGMENT // 4
 _HEAD: Final = struct.Struct("<BBHIQd32s32sfI")
+CODES_START: Final = _HEAD.size
 _ROW: Final = struct.Struct("<32sQd")
 _SLACK: Final = 2.0**-17  # float32 sums of at most 16 squares in a lane, and one rounding each: far below
 _LEAST_SQUARE: Final = 2.0**-126  # mean squares below float32's normal numbers are not known well enough
@@ -142,7 +143,7 @@ def make_preview(
         return None
     content = scratch.bytes("preview", content_size(elements))
     segments = -(-elements // SEGMENT)
-    codes = content[_HEAD.size + 2 * segments :]
+    codes = content[_HEAD.size : -2 * segments]
     sums = scratch.bytes("preview sums", segments * 32).view(np.float64).reshape(segments, 4)
     if new_type.name == old_type.name == "BF16":
         preview_kernels.codes_of_bfloat16(new.view("<u2"), old.view("<u2"), least, codes, sums)
@@ -165,7 +166,8 @@ def make_preview(
     residual = math.sqrt(max(math.fsum(left) + _SLACK * math.fsum(squares), 0.0))
     head = _HEAD.pack(VERSION, LEVEL, 0, SEGMENT, elements, residual, base, block, unit, 0)
     content[: _HEAD.size] = np.frombuffer(head, np.uint8)
-    content[_HEAD.size : _HEAD.size + 2 * segments] = ratios.view(np.uint8)
+    # After the codes: zstd's blocks have 128 KiB each, and only the last one is mixed with ratios.
+    content[-2 * segments :] = ratios.view(np.uint8)
     return content, residual
 
 
@@ -225,12 +227,14 @@ def read_preview(content: Bytes) -> Preview:
     if content.nbytes != content_size(elements) or not math.isfinite(residual) or residual < 0:
         raise ValueError("a preview's head contradicts its size")
     segments = -(-elements // SEGMENT)
-    ratios = content[_HEAD.size : _HEAD.size + 2 * segments].view("<f2")
+    ratios = content[content.nbytes - 2 * segments :].view("<f2")
     with np.errstate(all="ignore"):
         scales = ratios.astype(np.float32) * np.float32(unit)
     if not math.isfinite(unit) or not np.isfinite(scales).all():
         raise ValueError("a preview's scales are not finite")
-    return Preview(Digest(base), Digest(block), elements, residual, scales, content[_HEAD.size + 2 * segments :])
+    return Preview(
+        Digest(base), Digest(block), elements, residual, scales, content[_HEAD.size : content.nbytes - 2 * segments]
+    )
 
 
 assert _HEAD.size == 96

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from mergepipe.store.digest import Digest
+from mergepipe.store.errors import DamagedError
 from mergepipe.store.frame import Kind
 from mergepipe.store.refs import all_refs
 from mergepipe.store.snapshot import Snapshot
@@ -18,12 +20,18 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class RefUsage:
-    """One ref: decoded bytes of its commit, their stored bytes, and the stored bytes that no other ref holds."""
+    """One ref: decoded bytes of its commit, their stored bytes, and the stored bytes that no other ref holds.
+
+    ``previews`` of its blocks are counted apart: how many, their files, and the decoded bytes that they stand for.
+    """
 
     ref: str
     logical_bytes: int
     stored_bytes: int
     alone_bytes: int
+    previews: int = 0
+    preview_bytes: int = 0
+    previewed_bytes: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,7 +39,9 @@ class Usage:
     """The whole store.
 
     ``logical_bytes``: all refs' commits, each counted in full. ``unique_bytes``: decoded bytes after
-    deduplication. ``stored_bytes``: all objects as they lie on disk, also those that no ref reaches any more.
+    deduplication. ``stored_bytes``: all objects as they lie on disk, also those that no ref reaches any more, and
+    ``preview_bytes`` those of them that are previews. ``previewed_bytes``: decoded bytes of the blocks that previews
+    stand for.
     """
 
     refs: tuple[RefUsage, ...]
@@ -39,6 +49,17 @@ class Usage:
     logical_bytes: int
     unique_bytes: int
     stored_bytes: int
+    previews: int = 0
+    preview_bytes: int = 0
+    previewed_bytes: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class _Previewed:
+    """A preview: its file's bytes, and the decoded bytes of its block."""
+
+    stored_bytes: int
+    raw_bytes: int
 
 
 def usage(store: Store) -> Usage:
@@ -55,17 +76,51 @@ def usage(store: Store) -> Usage:
         held[ref.name], logical[ref.name] = by_commit[ref.commit]
     holders = Counter(digest for ids in held.values() for digest in with_bases(store, ids))
     rows = _stored_sizes(store, holders)
+    previews = _previews(store)
     lines = []
     for ref in refs:
         ids = with_bases(store, held[ref.name])
         alone = sum(rows.get(digest, (0, 0))[1] for digest in ids if holders[digest] == 1)
         stored = sum(rows.get(digest, (0, 0))[1] for digest in ids)
-        lines.append(RefUsage(ref.name, logical[ref.name], stored, alone))
+        own = [preview for block in held[ref.name] & previews.keys() for preview in previews[block]]
+        lines.append(RefUsage(ref.name, logical[ref.name], stored, alone, *_sums(own)))
     with store.catalog.reading() as view:
-        count = view.count("objects")
-        total = sum(int.from_bytes(value[16:24], "little") for _, value in view.items("objects"))
-    unique = _data_bytes(store, set().union(*held.values()))
-    return Usage(tuple(lines), count, sum(logical.values()), unique, total)
+        sizes = [(value[0], int.from_bytes(value[16:24], "little")) for _, value in view.items("objects")]
+    coarse = [size for kind, size in sizes if kind == Kind.PREVIEW]
+    return Usage(
+        tuple(lines),
+        objects=len(sizes),
+        logical_bytes=sum(logical.values()),
+        unique_bytes=_data_bytes(store, set().union(*held.values())),
+        stored_bytes=sum(size for _, size in sizes),
+        previews=len(coarse),
+        preview_bytes=sum(coarse),
+        previewed_bytes=sum(preview.raw_bytes for each in previews.values() for preview in each),
+    )
+
+
+def _previews(store: Store) -> dict[Digest, list[_Previewed]]:
+    """All previews that there are, by the block that they are a coarse look at."""
+    found: dict[Digest, list[_Previewed]] = {}
+    with store.catalog.reading() as view:
+        if not view.count("previews"):
+            return found
+        from mergepipe.store.previews import unpack_row  # here: it loads numpy
+
+        for key, value in view.items("previews"):
+            block = Digest(key[32:64])
+            with suppress(DamagedError):  # `mp verify` says what is wrong with it
+                row, exact = view.object_row(unpack_row(value).id) if value else None, view.object_row(block)
+                if row is not None and exact is not None:
+                    found.setdefault(block, []).append(_Previewed(row.stored_bytes, exact.raw_bytes))
+    return found
+
+
+def _sums(previews: Iterable[_Previewed]) -> tuple[int, int, int]:
+    """How many, their files' bytes, and the decoded bytes that they stand for."""
+    known = list(previews)
+    stored, raw = sum(each.stored_bytes for each in known), sum(each.raw_bytes for each in known)
+    return len(known), stored, raw
 
 
 def stored_bytes_of(store: Store, commit: Digest) -> int:

@@ -68,7 +68,7 @@ def test_the_check_finds_every_flipped_bit(sample: tuple[Header, list[bytes]], d
         (4, b"\n\n", "does not begin as an object does"),
         (8, b"\x02", "version 2 is not known"),
         (9, b"\x00", "not known"),
-        (9, b"\x06", "not known"),
+        (9, b"\x07", "not known"),
         (10, b"\x04", "not known"),
         (11, b"\x03", "not known"),
         (12, b"\x01", "contradicts itself"),

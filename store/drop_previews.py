@@ -1,0 +1,135 @@
+"""``mp gc --previews``: take all previews away, and nothing else.
+
+Their rows go first, in one transaction; then the files, each under the write lock and only where it has no row. A
+process that dies in between leaves files without rows, which are garbage: whoever makes the same previews again puts
+them in their place. The lock keeps a writer's new preview from being taken for the old one: files get their places only
+inside a write transaction (:mod:`mergepipe.store.publish`).
+
+Blocks, files and previews share one id space, so a commit might need an object that was stored as a preview (a file
+with exactly a preview's content). All commits are asked first. Such an object stays.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Set as AbstractSet
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Final
+
+from mergepipe.store.catalog import Reading, Writing
+from mergepipe.store.digest import DIGEST_BYTES, Digest
+from mergepipe.store.errors import ConflictError
+from mergepipe.store.filesystem import explain_os_error
+from mergepipe.store.frame import Kind
+from mergepipe.store.leases import is_abandoned
+from mergepipe.store.usage import object_ids
+
+if TYPE_CHECKING:
+    from mergepipe.store.store import Store
+
+_FILES_A_LOCK: Final = 256  # writers wait while files are removed, so not for all of them
+
+
+@dataclass(frozen=True, slots=True)
+class Removal:
+    """What goes: preview objects with their bytes on disk, and rows of the catalog's ``previews``."""
+
+    ids: tuple[Digest, ...]
+    freed_bytes: int
+    rows: int
+
+
+def plan_removal(store: Store) -> Removal:
+    """What :func:`drop_previews` would remove now; changes nothing."""
+    commits = _commits(store)
+    needed = _needed(store, commits)
+    with store.catalog.reading() as view:
+        return _removal(view, needed)
+
+
+def drop_previews(store: Store) -> Removal:
+    """Remove all previews; returns what went.
+
+    Raises:
+        ConflictError: somebody is writing to the store, or merging, and may rely on them.
+        DamagedError: a commit's tree cannot be read, so nobody knows what it needs.
+    """
+    _refuse_writers(store)
+    removal = None
+    while removal is None:
+        commits = _commits(store)
+        needed = _needed(store, commits)
+
+        def change(
+            view: Writing, commits: AbstractSet[Digest] = commits, needed: AbstractSet[Digest] = needed
+        ) -> Removal | None:
+            if {Digest(key) for key, _ in view.items("commits")} != commits:
+                return None  # somebody committed meanwhile: ask that one too
+            found = _removal(view, needed)
+            for digest in found.ids:
+                view.delete("objects", digest)
+                view.delete("damaged", digest)
+            for key, value in list(view.items("previews")):
+                view.delete("previews", key)
+                if value and view.get("objects", value[:DIGEST_BYTES]) is None:
+                    view.delete("damaged", value[:DIGEST_BYTES])
+            return found
+
+        removal = store.catalog.write(change)
+    for start in range(0, len(removal.ids), _FILES_A_LOCK):
+        _remove_files(store, removal.ids[start : start + _FILES_A_LOCK])
+    return removal
+
+
+def _commits(store: Store) -> set[Digest]:
+    with store.catalog.reading() as view:
+        return {Digest(key) for key, _ in view.items("commits")}
+
+
+def _needed(store: Store, commits: AbstractSet[Digest]) -> set[Digest]:
+    """Those of the objects that were stored as previews which commits need, as content or as a delta's base."""
+    with store.catalog.reading() as view:
+        previews, bases = set(), set()
+        for key, _ in view.items("objects"):
+            row = view.object_row(Digest(key))
+            if row is not None and row.kind is Kind.PREVIEW:
+                previews.add(Digest(key))
+            if row is not None and row.base is not None:
+                bases.add(row.base)
+    needed = previews & bases
+    for commit in commits if previews else ():
+        needed |= previews & object_ids(store.snapshot_of(commit))
+    return needed
+
+
+def _removal(view: Reading, needed: AbstractSet[Digest]) -> Removal:
+    ids, freed = [], 0
+    for key, _ in view.items("objects"):
+        row = view.object_row(Digest(key))
+        if row is not None and row.kind is Kind.PREVIEW and key not in needed:
+            ids.append(Digest(key))
+            freed += row.stored_bytes
+    return Removal(tuple(ids), freed, view.count("previews"))
+
+
+def _remove_files(store: Store, ids: tuple[Digest, ...]) -> None:
+    def remove(view: Writing) -> None:
+        for digest in ids:
+            if view.object_row(digest) is None:  # else it was made again meanwhile
+                Path(store.layout.object_path(digest)).unlink(missing_ok=True)
+
+    try:
+        store.catalog.write(remove)
+    except OSError as error:
+        raise explain_os_error(error, "removing previews") from error
+
+
+def _refuse_writers(store: Store) -> None:
+    with os.scandir(store.layout.temporary) as entries:
+        busy = [entry.path for entry in entries if entry.is_dir() and not is_abandoned(Path(entry.path))]
+    if busy:
+        raise ConflictError(
+            "somebody is writing to the store, or merging, and may be reading previews",
+            hint=f"Wait until it is done. If nothing runs any more, on any machine, remove {busy[0]}.",
+        )

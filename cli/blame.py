@@ -37,9 +37,9 @@ def command(
 ) -> None:
     """Say which experts reached each block of a tensor.
 
-    Of a merge: which blocks are the base's own, and which were computed; from which experts, which were left out to
-    stay within the budget, and which have the base's block there. Of what was ingested: which commit first brought
-    the block. Reads plans and manifests, no weights.
+    Of a merge: which blocks are the base's own, and which were computed; from which experts, of which of these a
+    preview was read, which were left out to stay within the budget, and which have the base's block there. Of what
+    was ingested: which commit first brought the block. Reads plans and manifests, no weights.
     """
     from mergepipe.merge.blame import blame, matching_tensors
 
@@ -96,13 +96,15 @@ def _print_lines(tensors: Sequence[TensorBlame], refs: Names) -> None:
 
 
 def _shares(tensor: TensorBlame) -> str:
-    """``math 3/4, code 4/4``: blocks that were read of those in which the expert differs."""
+    """``math 3/4, code 1/4 and 2 previews``: blocks that were read of those in which the expert differs."""
     parts = []
     for number, expert in enumerate(tensor.experts):
         read = sum(len(run.blocks) for run in tensor.runs if number in run.fate.reached)
+        coarse = sum(len(run.blocks) for run in tensor.runs if number in run.fate.coarse)
         left = sum(len(run.blocks) for run in tensor.runs if number in run.fate.left_out)
-        if read or left:
-            parts.append(f"{one_line(expert.name)} {read:,}/{read + left:,}")
+        if read or coarse or left:
+            previews = f" and {plural(coarse, 'preview')}" if coarse else ""
+            parts.append(f"{one_line(expert.name)} {read:,}/{read + coarse + left:,}{previews}")
     return ", ".join(parts)
 
 
@@ -123,12 +125,21 @@ def _print_blocks(tensor: TensorBlame, refs: Names) -> None:
         print_table(["blocks", "brought by"], rows)
         return
     print_table(
-        ["blocks", "from", "reached by", "left out", "same as the base", "of a type that is not merged"],
+        [
+            "blocks",
+            "from",
+            "reached by",
+            "by previews of",
+            "left out",
+            "same as the base",
+            "of a type that is not merged",
+        ],
         [
             [
                 _span(run),
                 _from(tensor, run.fate),
                 Cell(_names(tensor, run.fate.reached), "green"),
+                Cell(_names(tensor, run.fate.coarse), "cyan"),
                 Cell(_names(tensor, run.fate.left_out), "yellow"),
                 _names(tensor, run.fate.same),
                 _names(tensor, run.fate.unmerged),
@@ -195,6 +206,7 @@ def _run_json(tensor: TensorBlame, run: Run) -> dict[str, Any]:
         name: [tensor.experts[number].name for number in numbers]
         for name, numbers in (
             ("reached", fate.reached),
+            ("coarse", fate.coarse),
             ("left_out", fate.left_out),
             ("same", fate.same),
             ("unmerged", fate.unmerged),

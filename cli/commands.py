@@ -36,6 +36,7 @@ class Entry:
 COMMANDS: Final = (
     Entry("init", START, "Make an empty store."),
     Entry("ingest", START, "Store checkpoints; experts as differences from their base."),
+    Entry("analyze", START, "Measure what ingest did not: statistics, and previews."),
     Entry("export", START, "Write a commit out again as safetensors."),
     Entry("log", LOOK, "Show where models came from, newest first."),
     Entry("ls", LOOK, "List the refs, or a commit's tensors and files."),
@@ -50,7 +51,12 @@ COMMANDS: Final = (
     Entry("branch", KEEP, "List branches, or make one."),
     Entry("tag", KEEP, "List tags, or make one; tags do not move."),
     Entry("rm", KEEP, "Remove refs; what they stood for stays in the store."),
+    Entry("gc", KEEP, "Free disk space: remove what no ref needs any more."),
+    Entry("repack", KEEP, "Store blocks in fewer bytes; ids and contents stay the same."),
     Entry("verify", KEEP, "Check every byte of the store against its id."),
+    Entry("recover", KEEP, "Rebuild a lost or damaged catalog from the objects."),
+    Entry("heal", KEEP, "Put back what is damaged or missing, from another store or a checkpoint."),
+    Entry("doctor", KEEP, "Look at the store and the machine, and say what may go wrong."),
 )
 _SETTINGS: Final = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
 _BY_NAME: Final = {entry.name: entry for entry in COMMANDS}

@@ -56,7 +56,7 @@ def write_parameters(formatter: Any, params: Sequence[Any]) -> None:
 
 
 def _option_names(option: Any) -> str:
-    names = ", ".join(sorted(option.opts, key=len))
+    names = "/".join([", ".join(sorted(option.opts, key=len)), *option.secondary_opts])
     return names if option.is_flag else f"{names} {option.metavar or 'NUMBER'}"
 
 

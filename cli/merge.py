@@ -9,7 +9,14 @@ from typing import TYPE_CHECKING, Annotated, Any, Final
 import typer
 
 from mergepipe.cli.options import JsonOption, StoreOption
-from mergepipe.cli.plan import AllowMissingOption, BudgetOption, MaxErrorOption, RecipeArgument, store_for
+from mergepipe.cli.plan import (
+    AllowMissingOption,
+    BudgetOption,
+    ExactOnlyOption,
+    MaxErrorOption,
+    RecipeArgument,
+    store_for,
+)
 from mergepipe.cli.plan_summary import as_json as plan_as_json
 from mergepipe.cli.plan_summary import summary_lines
 from mergepipe.cli.progress import progress_bar
@@ -21,6 +28,7 @@ from mergepipe.store.sizes import format_size
 if TYPE_CHECKING:
     from mergepipe.merge.audit import Audit
     from mergepipe.merge.executor import MergeResult
+    from mergepipe.merge.explain import Reading
     from mergepipe.merge.plan import Plan
     from mergepipe.store.parallel import Progress
     from mergepipe.store.store import Store
@@ -41,6 +49,7 @@ def command(
     message: Annotated[str, typer.Option("--message", "-m", metavar="TEXT", help="Why; the log shows it.")] = "",
     budget: BudgetOption = None,
     max_error: MaxErrorOption = None,
+    exact_only: ExactOnlyOption = False,
     allow_missing: AllowMissingOption = False,
     no_cache: Annotated[
         bool, typer.Option("--no-cache", help="Compute every block, also those that an earlier merge has.")
@@ -63,24 +72,29 @@ def command(
     """
     from mergepipe.merge.budget import parse_budget
 
-    plans = {"--budget": budget, "--max-error": max_error, "--allow-missing": allow_missing or None}
+    plans = {
+        "--budget": budget,
+        "--max-error": max_error,
+        "--exact-only": exact_only or None,
+        "--allow-missing": allow_missing or None,
+    }
     _check_given(recipe, plan, name, dry_run, plans)
     limits = parse_budget(budget, max_error)
     with store_for(recipe, store) as opened, progress_bar(quiet=json) as progress:
         if not dry_run and _is_new(opened, name or ""):
             _load_kernels()
         if dry_run:
-            planned = _planned(opened, recipe, plan, limits, allow_missing, progress)
+            planned, reading = _planned(opened, recipe, plan, limits, allow_missing, exact_only, progress)
             done: list[tuple[Plan, MergeResult]] = []
         else:
             done = _merge(
                 opened, recipe, plan, name or "", limits, progress,
-                message=message, allow_missing=allow_missing, use_cache=not no_cache, device=device,
+                message=message, allow_missing=allow_missing, exact_only=exact_only, use_cache=not no_cache,
+                device=device,
             )  # fmt: skip
-            planned = done[-1][0]
         audits = [_audit(opened, found, progress) for found, _ in done] if audit else []
     if dry_run:
-        _show_plan(planned, json=json)
+        _show_plan(planned, reading, json=json)
     else:
         _show(done, audits, json=json)
 
@@ -114,18 +128,23 @@ def _check_given(
 
 
 def _planned(
-    store: Store, recipe: Path | None, plan: Path | None, limits: Any, allow_missing: bool, progress: Progress | None
-) -> Plan:
+    store: Store, recipe: Path | None, plan: Path | None, limits: Any, allow_missing: bool, exact_only: bool,
+    progress: Progress | None,
+) -> tuple[Plan, Reading]:  # fmt: skip
+    from mergepipe.merge.explain import reading
     from mergepipe.merge.recipes import plan_last
     from mergepipe.merge.validate import check_plan
 
     if recipe is None:
         assert plan is not None
-        return check_plan(store, _read_plan(plan)).plan
-    found, notes = plan_last(store, recipe, limits, allow_missing=allow_missing, progress=progress)
+        found = check_plan(store, _read_plan(plan)).plan
+        return found, reading(store, found)
+    checked, notes = plan_last(
+        store, recipe, limits, allow_missing=allow_missing, previews=not exact_only, progress=progress
+    )
     for text in notes:
         note(text)
-    return found
+    return checked.plan, reading(store, checked.plan)
 
 
 def _read_plan(path: Path) -> Plan:
@@ -140,7 +159,7 @@ def _read_plan(path: Path) -> Plan:
 
 def _merge(
     store: Store, recipe: Path | None, plan: Path | None, name: str, limits: Any, progress: Progress | None, *,
-    message: str, allow_missing: bool, use_cache: bool, device: str,
+    message: str, allow_missing: bool, exact_only: bool, use_cache: bool, device: str,
 ) -> list[tuple[Plan, MergeResult]]:  # fmt: skip
     from mergepipe.merge.executor import execute
     from mergepipe.merge.recipes import merge_recipe
@@ -151,8 +170,8 @@ def _merge(
         options = {"message": message, "use_cache": use_cache, "progress": progress, "device": device}
         return [(found, execute(store, found, name, **options))]  # type: ignore[arg-type]
     done, notes = merge_recipe(
-        store, recipe, name, limits, message=message, allow_missing=allow_missing, use_cache=use_cache,
-        progress=progress, device=device,
+        store, recipe, name, limits, message=message, allow_missing=allow_missing, previews=not exact_only,
+        use_cache=use_cache, progress=progress, device=device,
     )  # fmt: skip
     for text in notes:
         note(text)
@@ -165,11 +184,11 @@ def _audit(store: Store, plan: Plan, progress: Progress | None) -> Audit:
     return audit(store, plan, progress)
 
 
-def _show_plan(plan: Plan, *, json: bool) -> None:
+def _show_plan(plan: Plan, reading: Reading, *, json: bool) -> None:
     if json:
-        say_json(plan_as_json(plan))
+        say_json(plan_as_json(plan, reading))
         return
-    for line in summary_lines(plan):
+    for line in summary_lines(plan, reading):
         say(line)
 
 

@@ -16,6 +16,8 @@ from mergepipe.cli.terminal import note, say, say_json
 from mergepipe.store.errors import UsageError
 
 if TYPE_CHECKING:
+    from mergepipe.merge.checked import CheckedPlan
+    from mergepipe.merge.curve import Sweep
     from mergepipe.merge.method import Value
     from mergepipe.merge.plan import Plan
     from mergepipe.store.store import Store
@@ -23,6 +25,9 @@ if TYPE_CHECKING:
 EXAMPLES: Final = """
 mp plan recipe.yml -o p.json
 mp plan recipe.yml --budget 10% -o p.json
+mp plan recipe.yml --budget 10% --exact-only -o p.json
+mp plan recipe.yml --curve                                   # what each budget would give
+mp plan recipe.yml --curve --png curve.png
 mp plan --base Qwen3-0.6B --expert math:0.6 --expert code:0.4 --method ties --density 0.3 --budget 10% -o p.json
 mp plan --expert math --expert code --method linear -o p.json
 mp plan --base Qwen3-0.6B --expert math:0.6,density=0.2 --expert code:0.4 --method ties --max-error 0.2 -o p.json
@@ -38,6 +43,9 @@ BudgetOption = Annotated[
 ]
 MaxErrorOption = Annotated[
     float | None, typer.Option("--max-error", help="Read as little as keeps the relative bound below this.")
+]
+ExactOnlyOption = Annotated[
+    bool, typer.Option("--exact-only", help="Read blocks whole or not at all: no previews in their place.")
 ]
 AllowMissingOption = Annotated[
     bool, typer.Option("--allow-missing", help="Merge each tensor from the models that have it.")
@@ -66,12 +74,19 @@ def command(
     ] = None,
     budget: BudgetOption = None,
     max_error: MaxErrorOption = None,
+    exact_only: ExactOnlyOption = False,
     dtype: Annotated[
         str | None, typer.Option("--dtype", metavar="TYPE", help="Element type of the result (default: the base's).")
     ] = None,
     allow_missing: AllowMissingOption = False,
     output: Annotated[
         Path | None, typer.Option("--output", "-o", metavar="FILE", help="Where to write the plan.")
+    ] = None,
+    curve: Annotated[
+        bool, typer.Option("--curve", help="Show what budgets from 0.5% to 100% would give, and make no plan.")
+    ] = False,
+    png: Annotated[
+        Path | None, typer.Option("--png", metavar="FILE", help="With --curve: also draw it into this file.")
     ] = None,
     store: StoreOption = None,
     json: JsonOption = False,
@@ -81,34 +96,56 @@ def command(
     The plan fixes the inputs by their ids, the method, which blocks of which expert are read, what that costs, and
     how far the result can be from the merge that reads everything. `mp merge --plan FILE` does exactly that.
     Statistics that the store does not have yet are made first, once. Models that a recipe names by their folders
-    are ingested.
+    are ingested. Where the experts have previews (`mp ingest --previews`), a budget is spent on these too: a coarse
+    look at many blocks mostly says more than a full look at few.
     """
     from mergepipe.merge.budget import parse_budget
+    from mergepipe.merge.explain import reading
 
     limits = parse_budget(budget, max_error)
     given = {"--base": base, "--expert": expert, "--method": method, "--density": density, "--param": param}
     given["--dtype"] = dtype
     _check_given(recipe, given)
+    _check_curve(curve, png, {"--budget": budget, "--max-error": max_error, "--output": output})
+    if curve:
+        from mergepipe.merge.curve import EVERYTHING
+
+        limits = EVERYTHING
     with store_for(recipe, store) as opened, progress_bar(quiet=json) as progress:
+        checked: CheckedPlan | None = None
+        notes: list[str] = []
         if recipe is not None:
-            plan = _from_recipe(opened, recipe, limits, allow_missing, progress)
+            from mergepipe.merge.recipes import plan_last
+
+            checked, notes = plan_last(
+                opened, recipe, limits, allow_missing=allow_missing, previews=not exact_only, progress=progress
+            )
+            plan = checked.plan
         else:
             from mergepipe.merge.build import parse_expert, plan_merge
 
-            notes: list[str] = []
             plan = plan_merge(
                 opened, base, [parse_expert(text) for text in expert or []], method or "",
                 parameters=_parameters(density, param or []), budget=limits, dtype=dtype,
-                allow_missing=allow_missing, progress=progress, notes=notes,
+                allow_missing=allow_missing, previews=not exact_only, progress=progress, notes=notes,
             )  # fmt: skip
-            for text in notes:
-                note(text)
+        for text in notes:
+            note(text)
+        if curve:
+            found = _sweep(opened, plan, checked, exact_only=exact_only)
+        else:
+            levels = reading(opened, plan)
+    if curve:
+        from mergepipe.cli.curve import show_curve
+
+        show_curve(found, plan, png, json=json)
+        return
     if output is not None:
         _write(plan, output)
     if json:
-        say_json(as_json(plan))
+        say_json(as_json(plan, levels))
         return
-    for line in summary_lines(plan):
+    for line in summary_lines(plan, levels):
         say(line)
     if output is not None:
         say(f"written to {output}: mp merge --plan {output} --as NAME")
@@ -140,13 +177,26 @@ def _check_given(recipe: Path | None, given: Mapping[str, object]) -> None:
         raise UsageError("name a recipe, or --method and --expert", hint="`mp plan --help` shows both.")
 
 
-def _from_recipe(store: Store, path: Path, limits: object, allow_missing: bool, progress: object) -> Plan:
-    from mergepipe.merge.recipes import plan_last
+def _check_curve(curve: bool, png: Path | None, others: Mapping[str, object]) -> None:
+    """A curve is of all budgets, and no plan."""
+    if not curve:
+        if png is not None:
+            raise UsageError("--png draws a curve, and needs --curve", hint="Write: mp plan … --curve --png FILE")
+        return
+    named = [name for name, value in others.items() if value is not None]
+    if named:
+        raise UsageError(f"{named[0]} and --curve exclude each other", hint="First the curve, then a plan.")
+    if png is not None:
+        from mergepipe.cli.curve import check_drawing
 
-    plan, notes = plan_last(store, path, limits, allow_missing=allow_missing, progress=progress)  # type: ignore[arg-type]
-    for text in notes:
-        note(text)
-    return plan
+        check_drawing()
+
+
+def _sweep(store: Store, plan: Plan, checked: CheckedPlan | None, *, exact_only: bool) -> Sweep:
+    from mergepipe.merge.curve import facts_for_sweep, sweep
+
+    facts, method = facts_for_sweep(store, plan) if checked is None else (checked.facts, checked.method)
+    return sweep(facts, method, previews=not exact_only)
 
 
 def _parameters(density: float | None, settings: list[str]) -> dict[str, Value]:

@@ -52,7 +52,11 @@ class ModelHead:
 
 @dataclass(frozen=True, slots=True)
 class PlanHead:
-    """What a plan says as a whole. ``settings``: how many sets of parameters its tensors are merged with."""
+    """What a plan says as a whole. ``settings``: how many sets of parameters its tensors are merged with.
+
+    ``preview_blocks`` and ``exact_blocks``: how many previews and blocks of the experts are read, each counted for
+    every expert that has it.
+    """
 
     id: Digest
     method: str
@@ -67,6 +71,8 @@ class PlanHead:
     budget_bytes: int | None
     costs: Mapping[str, int]
     bound: Mapping[str, float | None]
+    preview_blocks: int = 0
+    exact_blocks: int = 0
 
     @property
     def is_exact(self) -> bool:
@@ -85,6 +91,8 @@ class PlanHead:
             "settings": self.settings,
             "dtype": self.dtype,
             "budget_bytes": self.budget_bytes,
+            "preview_blocks": self.preview_blocks,
+            "exact_blocks": self.exact_blocks,
             "costs": dict(self.costs),
             "bound": dict(self.bound),
         }
@@ -143,7 +151,18 @@ def _head(plan: Digest, value: dict[str, Any]) -> PlanHead:
         budget_bytes=None if value["budget_bytes"] is None else int(value["budget_bytes"]),
         costs={str(name): int(number) for name, number in value["costs"].items()},
         bound={str(name): None if size is None else float(size) for name, size in value["bound"].items()},
+        preview_blocks=sum(_blocks(tensor.get("previews", ())) for tensor in value["tensors"].values()),
+        exact_blocks=sum(_blocks(tensor["reads"]) for tensor in value["tensors"].values()),
     )
+
+
+def _blocks(lists: Sequence[str]) -> int:
+    """How many blocks all these lists of ranges name, such as ``0-2,5``."""
+    total = 0
+    for part in (part for text in lists if text for part in text.split(",")):
+        first, _, last = part.partition("-")
+        total += int(last or first) - int(first) + 1
+    return total
 
 
 def _own(settings: Sequence[dict[str, Any]], number: int) -> Iterator[Parameters]:

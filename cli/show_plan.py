@@ -7,7 +7,7 @@ from shlex import quote
 from typing import Final
 
 from mergepipe.cli.plan_head import ModelHead, PlanHead, Values
-from mergepipe.cli.tables import Cell, Row, seconds_text
+from mergepipe.cli.tables import Cell, Row, plural, seconds_text
 from mergepipe.store.sizes import format_size
 
 Measured = Mapping[str, int | float]
@@ -134,7 +134,10 @@ def _reads(plan: PlanHead) -> str:
     read, full = plan.costs["expert_bytes"], plan.costs["expert_bytes_full"]
     if not full:
         return "nothing: no expert differs from the base"
-    return f"{format_size(read)} of the experts' {format_size(full)}, {percent(read / full)}"
+    reads = f"{format_size(read)} of the experts' {format_size(full)}, {percent(read / full)}"
+    if not plan.preview_blocks:
+        return reads
+    return f"{reads}: {plural(plan.preview_blocks, 'block')} as previews, {plan.exact_blocks:,} exact"
 
 
 def _bound(plan: PlanHead) -> list[Row]:

@@ -42,8 +42,9 @@ class Source:
 class Fate:
     """How a block came about. Experts are positions in the tensor's ``experts``.
 
-    ``own``: it is the reference's, and nothing was read. ``computed``: from the reference's and the blocks of the
-    experts in ``reached``; ``equals`` is the model whose block came out (0: the reference, 1: the first expert).
+    ``own``: it is the reference's, and nothing was read. ``computed``: from the reference's, the blocks of the experts
+    in ``reached``, and the previews of those in ``coarse``; ``equals`` is the model whose block came out (0: the
+    reference, 1: the first expert).
     ``brought``: ``commit`` is the first that had it at this place, an ingest, or a merge that was ingested over.
 
     ``left_out``: these experts differ here, and were not read to stay within the budget; ``same``: they have the
@@ -52,6 +53,7 @@ class Fate:
 
     origin: Origin
     reached: tuple[int, ...] = ()
+    coarse: tuple[int, ...] = ()
     left_out: tuple[int, ...] = ()
     same: tuple[int, ...] = ()
     unmerged: tuple[int, ...] = ()
@@ -173,8 +175,9 @@ class _History:
             Source(plan.models[member].name, plan.models[member].commit, tensor, plan.models[member].kind)
             for member, tensor in zip(members, job.sources or (name,) * len(members), strict=True)
         ]
-        reads = [frozenset(read) for read in planned.reads] if planned else [frozenset[int]()] * len(job.experts)
-        fates = ((index, _fate(job, reads, index, entry.blocks[index])) for index in indices)
+        none = (frozenset[int](), frozenset[int]())
+        levels = planned.levels if planned else (none,) * len(job.experts)
+        fates = ((index, _fate(job, levels, index, entry.blocks[index])) for index in indices)
         return TensorBlame(
             commit=snapshot.commit_id,
             kind="merge",
@@ -236,18 +239,20 @@ class _History:
         return self._nodes[digest]
 
 
-def _fate(job: Job, reads: Sequence[frozenset[int]], index: int, block: Digest) -> Fate:
-    """What a plan says of one place, beside the block that came out."""
+def _fate(job: Job, levels: Sequence[tuple[frozenset[int], frozenset[int]]], index: int, block: Digest) -> Fate:
+    """What a plan says of one place, beside the block that came out. ``levels``: what is read, and as a preview."""
     own = job.reference.blocks[index]
     theirs = [entry.blocks[index] for entry in job.experts]
-    reached = tuple(number for number, read in enumerate(reads) if index in read)
-    differing = tuple(n for n, other in enumerate(theirs) if other != own and n not in reached)
+    reached = tuple(number for number, (read, _) in enumerate(levels) if index in read)
+    coarse = tuple(number for number, (_, previews) in enumerate(levels) if index in previews)
+    differing = tuple(n for n, other in enumerate(theirs) if other != own and n not in (*reached, *coarse))
     same = tuple(number for number, other in enumerate(theirs) if other == own)
     merges = job.reference.element_type.has_statistics
-    computed = bool(reached) or block != own
+    computed = bool(reached or coarse) or block != own
     return Fate(
         origin="computed" if computed else "own",
         reached=reached,
+        coarse=coarse,
         left_out=differing if merges else (),
         same=same,
         unmerged=() if merges else differing,
@@ -278,7 +283,7 @@ def _steps(tensor: TensorBlame) -> Iterator[tuple[_Key, set[int]]]:
             if fate.commit is not None and fate.commit != tensor.commit:
                 found.setdefault((fate.commit, tensor.name), set()).update(run.blocks)
             continue
-        for source in (tensor.reference, *(tensor.experts[number] for number in fate.reached)):
+        for source in (tensor.reference, *(tensor.experts[number] for number in (*fate.reached, *fate.coarse))):
             if source is not None and source.kind == "model":
                 found.setdefault((source.commit, source.tensor), set()).update(run.blocks)
     yield from found.items()

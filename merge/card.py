@@ -117,8 +117,8 @@ def _distance(plan: Plan) -> list[str]:
     share = costs.expert_bytes / costs.expert_bytes_full if costs.expert_bytes_full else 0.0
     likely = bound.estimate / bound.update if bound.update else 0.0
     return [
-        f"The plan read {read} in which the experts differ ({100 * share:.3g}%){budget}. Before rounding, the weights "
-        "are at most this far from those of the merge that reads everything:",
+        f"The plan read {read} in which the experts differ ({100 * share:.3g}%){budget}{_levels(plan)}. Before "
+        "rounding, the weights are at most this far from those of the merge that reads everything:",
         "",
         *_table(
             ["", "L2 distance", "of the whole update"],
@@ -128,6 +128,13 @@ def _distance(plan: Plan) -> list[str]:
             ],
         ),
     ]
+
+
+def _levels(plan: Plan) -> str:
+    """``: previews of 1,204 of their blocks, and 40 blocks whole``; nothing where no preview was read."""
+    coarse = sum(len(indices) for tensor in plan.tensors.values() for indices in tensor.previews or ())
+    exact = sum(len(indices) for tensor in plan.tensors.values() for indices in tensor.reads)
+    return f": previews of {coarse:,} of their blocks, and {exact:,} blocks whole" if coarse else ""
 
 
 def _measured(commit: Commit) -> list[str]:

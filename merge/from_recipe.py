@@ -33,9 +33,10 @@ def plan_document(
     budget: Budget,
     *,
     allow_missing: bool = False,
+    previews: bool = True,
     progress: Progress | None = None,
 ) -> CheckedPlan:
-    """The plan of one document of a recipe.
+    """The plan of one document of a recipe. ``previews``: whether a budget may be spent on previews.
 
     Models that are not in the store are ingested; vocabularies are aligned first, where the document asks for it.
 
@@ -54,7 +55,10 @@ def plan_document(
         assembly.all()
         draft = assembly.draft(base, experts)
         jobs = jobs_from(models, draft.settings, {name: assembly.tensors[name] for name in in_order(assembly.tensors)})
-        return plan_jobs(found.store, draft, models, jobs, method, budget, "exact" not in document.parameters, progress)
+        approximate = "exact" not in document.parameters
+        return plan_jobs(
+            found.store, draft, models, jobs, method, budget, approximate, progress, previews=previews
+        )  # fmt: skip
     except UsageError as error:
         raise document.place.error(error.message, error.hint or _METHODS) from error
 

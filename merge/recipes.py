@@ -6,8 +6,10 @@ from contextlib import suppress
 from pathlib import Path
 
 from mergepipe.merge.budget import Budget
+from mergepipe.merge.checked import CheckedPlan
 from mergepipe.merge.executor import MergeResult, execute
 from mergepipe.merge.from_recipe import check_document, plan_document
+from mergepipe.merge.hints import preview_notes
 from mergepipe.merge.plan import Plan
 from mergepipe.merge.recipe import Recipe, read_recipe
 from mergepipe.merge.recipe.nodes import MAXIMUM_BYTES
@@ -42,9 +44,15 @@ def _read(path: Path) -> Recipe:
 
 
 def plan_last(
-    store: Store, path: Path, budget: Budget, *, allow_missing: bool = False, progress: Progress | None = None
-) -> tuple[Plan, list[str]]:
-    """The plan of a recipe's last document, and notes for the user.
+    store: Store,
+    path: Path,
+    budget: Budget,
+    *,
+    allow_missing: bool = False,
+    previews: bool = True,
+    progress: Progress | None = None,
+) -> tuple[CheckedPlan, list[str]]:
+    """The plan of a recipe's last document, and notes for the user. ``previews``: whether a budget may buy previews.
 
     Raises:
         NotFoundError: no such recipe; or it uses the result of another document, which no ref of that name has.
@@ -62,8 +70,8 @@ def plan_last(
                 f"the plan needs the result of {document.name!r}, which is not merged yet",
                 f"`mp merge {path} --as NAME` merges all {len(recipe.documents)} documents in turn.",
             ) from error
-    plan = plan_document(found, last, budget, allow_missing=allow_missing, progress=progress).plan
-    return plan, found.notes
+    checked = plan_document(found, last, budget, allow_missing=allow_missing, previews=previews, progress=progress)
+    return checked, [*found.notes, *preview_notes(checked.facts, checked.method, previews=previews)]
 
 
 def merge_recipe(
@@ -74,6 +82,7 @@ def merge_recipe(
     *,
     message: str = "",
     allow_missing: bool = False,
+    previews: bool = True,
     use_cache: bool = True,
     progress: Progress | None = None,
     device: str = "cpu",
@@ -85,12 +94,16 @@ def merge_recipe(
     """
     recipe, found = _open(store, path, progress)
     results = []
+    notes: list[str] = []
     for number, document in enumerate(recipe.documents):
         last = number == len(recipe.documents) - 1
-        checked = plan_document(found, document, budget, allow_missing=allow_missing, progress=progress)
+        checked = plan_document(
+            found, document, budget, allow_missing=allow_missing, previews=previews, progress=progress
+        )
+        notes += [text for text in preview_notes(checked.facts, checked.method, previews=previews) if text not in notes]
         name = ref if last else f"{ref}.{document.name}"
         result = execute(store, checked, name, message=message, use_cache=use_cache, progress=progress, device=device)
         results.append((checked.plan, result))
         if document.name is not None:
             found.results[document.name] = result.commit
-    return results, found.notes
+    return results, [*found.notes, *notes]

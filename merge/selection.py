@@ -14,11 +14,14 @@ At a place the order is greedy, by the drop for each byte; what a block adds to 
 are the vertices of the lower convex hull of (bytes read, what is missing), so they are worth less and less, and sorting
 them all is the greedy choice over the model: the multiple-choice knapsack's, up to one step.
 
-A budget takes the longest beginning of the sequence that fits, and one step more at the edge. Or a single step, where
-that has the lower bound: a large step is not kept out by small ones before it. Both have a bound that no larger budget
-makes larger, see :func:`within_bytes`, and so has the lower of the two. Where each place is one item, the squared bound
-drops by at least half as much as it could at best, and by norm by 31% of it otherwise (Khuller, Moss and Naor, "The
-budgeted maximum coverage problem", 1999).
+A budget takes the longest beginning of the sequence that fits, and fills the room at the edge with what comes after, by
+the drop of the bound for each byte. Or a single step (or a block with its preview), where that has the lower bound: a
+large step is not kept out by small ones before it. Both have a bound that no larger budget makes larger, see
+:func:`within_bytes`, and so has the lower of the two. Where each place is one group, the squared bound drops by at
+least half as much as it could at best: if the first step that fits the budget but not the room could be cut, nothing
+would be better, and that step, or the block that it belongs to, is weighed alone. (Previews that are not on the hull
+are no options here; they could only help where their blocks take more than the whole budget.) By norm it drops by 31%
+of the best otherwise (Khuller, Moss and Naor, "The budgeted maximum coverage problem", 1999).
 
 Free items are always read. Items without a bound come next: without them nothing is bounded. Ties are broken by the
 items' order, which is the model's.
@@ -44,6 +47,7 @@ Numbers = NDArray[np.intp]
 Selector = Callable[[Sequence[Item], int], list[int]]
 """The numbers of the items to read, of all items and within a budget of stored bytes."""
 
+_SAME: Final = 1 + 2.0**-44  # what rounding can make of one number
 _BATCH: Final = 1 << 21  # matrix elements worked on at once: 16 MiB
 
 
@@ -153,8 +157,8 @@ def _runs_of(numbers: Numbers, gram: Floats, costs: Floats, later: NDArray[np.bo
 def _greedy(gram: Floats, costs: Floats, later: NDArray[np.bool_]) -> tuple[NDArray[np.intp], Floats]:
     """An order of the K items of each place, by the drop of what is missing for each byte, and the drops: both (P, K).
 
-    ``later``: items that can only come after the one before them in their row.
-        Each drop is summed anew: taking one product off a sum would leave nothing of small ones beside large ones.
+    ``later``: items that can only come after the one before them in their row. Each drop is summed anew: taking one
+    product off a sum would leave nothing of small ones beside large ones.
     """
     places, count = costs.shape
     every = np.arange(places)
@@ -217,11 +221,12 @@ def _place(items: Sequence[Item], members: Sequence[int]) -> tuple[int, int]:
 def within_bytes(items: Sequence[Item], steps: Sequence[Step], budget: int) -> list[int]:
     """The items to read within ``budget`` stored bytes.
 
-    A larger budget never has a larger bound. For the longest beginning that fits: beginnings are nested. For the step
-    at the edge: as long as the same beginning fits, more room only adds to what may be taken, of which the one with the
-    lowest bound is; and only such steps may be as lower the bound by no more than the first that does not fit, so the
-    next longer beginning is at least as good. (By norm all are such: they are smaller, and worth no more for each
-    byte.) For a single step: more room only adds to what may be taken. And so for the lower of the two bounds.
+    A larger budget never has a larger bound. For the longest beginning that fits: beginnings are nested. For what is
+    added at the edge, as long as the same beginning fits: one step, the best of those that fit, has more to choose
+    from; and of the steps that fill the room, by their worth, one that fits at last lowers the bound by no less than
+    what it displaces, which is smaller and worth no more for each byte (:func:`_filled`). When the next step fits it
+    lowers the bound by no less than both: one step may not lower it by more, and those that fill the room are worth no
+    more for each byte. For a single step: more room only adds to what may be taken. And so for the lower of the two.
     """
     room, fits = budget, 0
     while fits < len(steps) and steps[fits].stored_bytes <= room:
@@ -233,10 +238,13 @@ def within_bytes(items: Sequence[Item], steps: Sequence[Step], budget: int) -> l
         return chosen
     later = _unread(items, steps[fits:])
     next_drop = _drop(items, later, steps[fits])
-    edge = _lowest(items, later, _edge(items, steps[fits:]), room, next_drop)
+    edge, drop = _lowest(items, later, _edge(items, steps[fits:]), room, next_drop)
+    filled, drops = _filled(items, steps[fits:], room, next_drop / steps[fits].stored_bytes)
+    if drops > drop:
+        edge = filled
     first, rest = _members(steps[:head]), steps[head:]
     spare = budget - sum(step.stored_bytes for step in steps[:head])
-    alone = _lowest(items, _unread(items, rest), _large(rest), spare)
+    alone, _ = _lowest(items, _unread(items, rest), _large(items, rest), spare)
     chosen, other = [*chosen, *edge], [*first, *alone]
     return other if _distance_without(items, other) < _distance_without(items, chosen) else chosen
 
@@ -263,14 +271,64 @@ def _edge(items: Sequence[Item], steps: Sequence[Step]) -> Iterator[Step]:
         seen.add(place)
 
 
-def _large(steps: Sequence[Step]) -> Iterator[Step]:
-    """The steps that are worth no less than all that the sequence would read in their stead."""
+def _filled(items: Sequence[Item], steps: Sequence[Step], room: int, most: float) -> tuple[tuple[int, ...], float]:
+    """Items of steps that fill the room, and by how much they lower the squared bound.
+
+    In the order of what they lower it by for each byte, which is ``most`` at most; those of a place in turn, worth less
+    and less, and none after one that does not fit. So more room never lowers it by less: as long as a step does not
+    fit, those after it lower the bound by less than it would, and when it fits it is read.
+    """
+    chosen: list[int] = []
+    total = 0.0
+    closed: set[tuple[int, int]] = set()
+    for worth, step in sorted(_chains(items, steps, most), key=lambda found: -found[0]):
+        place = _place(items, step.items)
+        if place in closed:
+            continue
+        if step.stored_bytes > room:
+            closed.add(place)
+            continue
+        chosen += step.items
+        total += worth * step.stored_bytes
+        room -= step.stored_bytes
+    return tuple(chosen), total
+
+
+def _chains(items: Sequence[Item], steps: Sequence[Step], most: float) -> Iterator[tuple[float, Step]]:
+    """The next steps of each place, with what they lower the squared bound by for each byte: not rising."""
+    places: dict[tuple[int, int], list[Step]] = {}
+    for step in steps:
+        places.setdefault(_place(items, step.items), []).append(step)
+    for chain in places.values():
+        errors = [math.fsum(items[number].error for number in step.items) for step in chain]
+        worth = most
+        for position, (step, error) in enumerate(zip(chain, errors, strict=True)):
+            found = error * (2 * math.fsum(errors[position + 1 :]) + error) / step.stored_bytes
+            if not 0 < found <= worth * _SAME:
+                break
+            worth = min(found, worth)
+            yield worth, step
+
+
+def _large(items: Sequence[Item], steps: Sequence[Step]) -> Iterator[Step]:
+    """What is worth no less alone than all that the sequence would read in its stead: a step, or a block whose preview
+    is a step before it."""
     spent = np.cumsum([step.stored_bytes for step in steps])
     drops = np.cumsum([step.drop for step in steps])
+    previews: dict[int, Step] = {}
     for step in steps:
-        instead = int(np.searchsorted(spent, step.stored_bytes, side="right"))
-        if step.opens and step.drop > 0 and (not instead or step.drop >= drops[instead - 1]):
-            yield step
+        found = step
+        if len(step.items) == 1:
+            (number,) = step.items
+            if items[number].preview:
+                previews[number] = step
+            elif number - 1 in previews and items[number].after:
+                first = previews[number - 1]
+                size, drop = first.stored_bytes + step.stored_bytes, first.drop + step.drop
+                found = Step((*first.items, number), size, drop, step.squared, first.opens, False)
+        instead = int(np.searchsorted(spent, found.stored_bytes, side="right"))
+        if found.opens and found.drop > 0 and (not instead or found.drop >= drops[instead - 1]):
+            yield found
 
 
 def _lowest(
@@ -279,8 +337,9 @@ def _lowest(
     steps: Iterable[Step],
     room: int,
     most: float = math.inf,
-) -> tuple[int, ...]:
-    """The items of the step that lowers the bound most, of those that fit and lower it by ``most`` at most."""
+) -> tuple[tuple[int, ...], float]:
+    """The items of the step that lowers the bound most, of those that fit and lower it by ``most`` at most; and by how
+    much."""
     best: tuple[int, ...] = ()
     largest = 0.0
     for step in steps:
@@ -288,7 +347,7 @@ def _lowest(
             drop = _drop(items, unread, step)
             if largest < drop <= most:
                 best, largest = step.items, drop
-    return best
+    return best, largest
 
 
 def _drop(items: Sequence[Item], unread: Mapping[tuple[int, int], list[int]], step: Step) -> float:

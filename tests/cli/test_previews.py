@@ -160,12 +160,6 @@ class TestDropping:
         assert call("du", "--json").json == before
         call("verify")
 
-    @pytest.mark.parametrize("words", [[], ["--apply"]])
-    def test_there_is_nothing_else_to_drop(self, call, words: list[str]) -> None:
-        answer = call("gc", *words, "--json", code=2)
-        assert "only previews" in answer.error["message"]
-        assert "mp gc --previews" in answer.error["hint"]
-
 
 def test_verify_says_how_to_repair_them(call, previewed: Path) -> None:
     preview = next(path for path in sorted((previewed / ".mp" / "objects").glob("*/*")) if path.read_bytes()[9] == 6)

@@ -42,7 +42,7 @@ def example(tag: str) -> str:
 
 # --- Objects ----------------------------------------------------------------------------------------------------------
 
-BLOCK, FILE, NODE, COMMIT, PLAN = 1, 2, 3, 4, 5
+BLOCK, FILE, NODE, COMMIT, PLAN, PREVIEW = 1, 2, 3, 4, 5, 6
 RAW, PLANES, DELTA, DEFLATE = 0, 1, 2, 3
 CONTEXTS = {NODE: "node", COMMIT: "commit", PLAN: "plan"}
 
@@ -61,7 +61,7 @@ def read_frame(data: bytes) -> Frame:
     assert data[:8] == bytes.fromhex("894D504F0D0A1A0A")
     version, kind, encoding, width = data[8:12]
     assert version == 1
-    assert kind in (1, 2, 3, 4, 5)
+    assert kind in (1, 2, 3, 4, 5, 6)
     assert encoding in (0, 1, 2, 3)
     assert width in (1, 2, 4, 8)
     assert data[12:16] == bytes(4)
@@ -70,7 +70,8 @@ def read_frame(data: bytes) -> Frame:
     assert (encoding == DELTA) == (base != bytes(32))
     assert len(data) == 96 + payload_size
     assert blake3(data[:64] + data[96:]).digest() == data[64:96]
-    assert encoding in ((RAW, DEFLATE) if kind in CONTEXTS else (RAW, PLANES, DELTA))
+    allowed = (RAW, DEFLATE) if kind in CONTEXTS else (RAW, PLANES) if kind == PREVIEW else (RAW, PLANES, DELTA)
+    assert encoding in allowed
     return Frame(kind, encoding, width, raw_size, base, data[96:])
 
 
@@ -127,7 +128,7 @@ class Reader:
         self.block_bytes = settings["block_bytes"]
         self.catalog = root / settings["catalog"]
         self.encodings: set[tuple[int, int]] = set()
-        with lmdb.open(str(self.catalog), readonly=True, lock=False, max_dbs=17, lib_version=0) as environment:
+        with lmdb.open(str(self.catalog), readonly=True, lock=False, max_dbs=18, lib_version=0) as environment:
             self.rows = {name: dict(self._database(environment, name)) for name in names_of_databases()}
 
     @staticmethod
@@ -233,6 +234,34 @@ class Reader:
                 data[begin:end] = self.tensor(ref, name)
             found[shard["path"]] = header + bytes(data)
         return found
+
+
+class Preview(NamedTuple):
+    base: bytes
+    block: bytes
+    residual: float
+    difference: np.ndarray
+
+
+def read_preview(data: bytes) -> Preview:
+    version, level, zero, segment, elements, residual = struct.unpack("<BBHIQd", data[:24])
+    unit, rest = struct.unpack("<fI", data[88:96])
+    assert (version, level, zero, segment, rest) == (1, 1, 0, 1024, 0)
+    assert math.isfinite(residual)
+    assert residual >= 0
+    segments = -(-elements // 1024)
+    assert len(data) == 96 + 2 * segments + 256 * segments
+    codes = np.frombuffer(data, np.uint8, 256 * segments, 96).reshape(segments, 256)
+    ratios = np.frombuffer(data, "<f2", segments, 96 + 256 * segments)
+    scales = ratios.astype(np.float32) * np.float32(unit)
+    assert np.isfinite(scales).all()
+    difference = np.zeros((segments, 1024), np.float32)
+    for quarter in range(4):
+        two_bits = codes >> 2 * quarter & 3
+        values = np.array([0, 1, -1, 0], np.float32)[two_bits] * scales[:, None]
+        difference[:, 256 * quarter : 256 * (quarter + 1)] = values
+    assert not difference.ravel()[elements:].any()
+    return Preview(data[24:56], data[56:88], residual, difference.ravel()[:elements])
 
 
 def names_of_databases() -> list[str]:
@@ -477,6 +506,39 @@ def test_delta_statistics(name: str, reader: Reader) -> None:
         np.testing.assert_allclose(np.frombuffer(row[40:], "<f4"), sums, atol=1e-6)
         seen += 1
     assert seen
+
+
+def test_previews(family: tuple[Path, dict[str, Weights]], tmp_path: Path) -> None:
+    """Of a store with larger blocks: those of the other tests are too small for them."""
+    for name, weights in family[1].items():
+        write_model(tmp_path / name, weights)
+    mp(tmp_path, "init", "--block-size", "16KiB")
+    mp(tmp_path, "ingest", "base")
+    mp(tmp_path, "ingest", "tuned", "--base", "base", "--previews")
+    reader, seen, empty = Reader(tmp_path / ".mp"), 0, 0
+    for name in ("model.layers.1.q.weight", "model.layers.1.up.weight", "model.layers.1.half.weight"):
+        for key, difference in differing_blocks(reader, name):
+            row = reader.rows["previews"].pop(key + b"\1")
+            if not row:
+                empty += 1
+                assert difference.size < 4096
+                continue
+            assert len(row) == 48
+            frame, data = reader.object(row[:32])
+            preview = read_preview(data)
+            stored, residual = struct.unpack("<Qd", row[32:])
+            assert (frame.kind, reader.path(row[:32]).stat().st_size) == (PREVIEW, stored)
+            assert (preview.base + preview.block, preview.residual) == (key, residual)
+            exact = difference.astype(np.float64)
+            left, whole = np.linalg.norm(exact - preview.difference), np.linalg.norm(exact)
+            assert left <= residual <= 1.001 * left + 0.003 * whole
+            assert residual < 0.8 * whole
+            assert (preview.difference * exact >= 0).all()
+            assert 0.05 < np.count_nonzero(preview.difference) / exact.size <= 0.33
+            seen += 1
+    assert seen >= 2
+    assert empty
+    assert reader.rows["previews"] == {}
 
 
 def test_types_without_statistics_have_no_rows(reader: Reader) -> None:

@@ -172,6 +172,14 @@ def test_the_edge_is_filled() -> None:
     assert choose(found, 25) == [0, 2]
 
 
+def test_what_fits_no_budget_keeps_nothing_out() -> None:
+    """The first is worth most for each byte, and takes more than there is; the others are not one step, but seven."""
+    found = [Item(0, 0, (0,), 20**0.5, 20), *(Item(0, number, (0,), 0.9**0.5, 1) for number in range(1, 8))]
+    assert choose(found, 10) == [1, 2, 3, 4, 5, 6, 7]
+    assert choose(found, 19) == [1, 2, 3, 4, 5, 6, 7]
+    assert choose(found, 20) == [0]
+
+
 def test_a_small_error_beside_a_large_one_keeps_its_worth() -> None:
     """At the first place, 1 is lost in 1e20 + 1; when the large one is read it is still there."""
     found = [Item(0, 0, (0,), 1e20, 10), Item(0, 0, (1,), 1.0, 10), Item(0, 1, (0,), 0.5, 10)]

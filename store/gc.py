@@ -212,7 +212,8 @@ def _relied_on(store: Store) -> set[Digest]:
 
 def _dead(view: Reading, marked: _Marked, relied: AbstractSet[Digest], limit: int) -> _Dead:
     commits = {Digest(key) for key, _ in view.items("commits") if key not in marked.commits}
-    dead, young = {}, {}
+    dead: dict[Digest, ObjectRow] = {}
+    young: dict[Digest, ObjectRow] = {}
     previews = _needed_previews(view, marked.objects)
     for key, _ in view.items("objects"):
         digest = Digest(key)

@@ -6,6 +6,8 @@ import pytest
 
 from support.family import write_family
 
+pytestmark = pytest.mark.usefixtures("tidy")
+
 
 @pytest.fixture
 def tidy(call, tmp_path, monkeypatch) -> None:
@@ -15,7 +17,7 @@ def tidy(call, tmp_path, monkeypatch) -> None:
     call("ingest", *map(str, experts), "--base", "base", "--previews")
 
 
-def test_it_says_what_it_would_do_and_does_it(call, tidy) -> None:
+def test_it_says_what_it_would_do_and_does_it(call) -> None:
     assert "nothing to remove" in call("gc").out
     call("rm", "expert1")
     answer = call("gc")
@@ -34,7 +36,7 @@ def test_it_says_what_it_would_do_and_does_it(call, tidy) -> None:
     call("verify")
 
 
-def test_what_is_young_is_named(call, tidy) -> None:
+def test_what_is_young_is_named(call) -> None:
     call("rm", "expert0")
     kept = call("gc", "--grace", "1h")
     assert "nothing to remove" in kept.out
@@ -45,5 +47,5 @@ def test_what_is_young_is_named(call, tidy) -> None:
 
 
 @pytest.mark.parametrize("words", [["--grace", "soon"], ["--grace", "5"], ["--previews", "--grace", "0"]])
-def test_what_it_does_not_understand(call, tidy, words: list[str]) -> None:
+def test_what_it_does_not_understand(call, words: list[str]) -> None:
     assert call("gc", *words, "--json", code=2).error["hint"]

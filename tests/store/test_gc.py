@@ -45,7 +45,9 @@ def remove(store: Store, *names: str) -> None:
     for name in names:
         with store.catalog.reading() as view:
             ref = require_ref(view, name)
-        publish(store.catalog, None, Changes(refs=[RefUpdate(name, ref.commit, None, ref.kind, "rm", default_author())]))
+        publish(
+            store.catalog, None, Changes(refs=[RefUpdate(name, ref.commit, None, ref.kind, "rm", default_author())])
+        )
 
 
 def age(store: Store, seconds: int = 10**6) -> None:
@@ -79,7 +81,7 @@ def test_all_that_is_needed_stays(full: Store, tmp_path: Path) -> None:
     before = state_of(full)
     age(full)
     assert nothing(collect(full, apply=True, grace_seconds=0))
-    assert {key: value for key, value in state_of(full)["files"].items()} == before["files"]  # type: ignore[attr-defined]
+    assert state_of(full)["files"] == before["files"]
     assert_clean(full)
     assert content(full, "expert0", tmp_path / "out")
 

@@ -20,6 +20,7 @@ EXAMPLES: Final = """
 mp verify
 mp verify merged/v1                   # only what this ref needs
 mp verify --fast                      # sizes and headers alone
+mp verify --resume                    # after an interruption
 """
 
 
@@ -29,6 +30,7 @@ def command(
         typer.Argument(metavar="[REF]", help="Check only what this commit needs.", autocompletion=complete_ref),
     ] = None,
     fast: Annotated[bool, typer.Option("--fast", help="Look at sizes and headers alone.")] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on where a check was interrupted.")] = False,
     store: StoreOption = None,
     json: JsonOption = False,
 ) -> None:
@@ -40,7 +42,7 @@ def command(
     from mergepipe.store.check import verify
 
     with open_store(store) as opened, progress_bar(quiet=json) as progress:
-        report = verify(opened, ref, fast=fast, progress=progress)
+        report = verify(opened, ref, fast=fast, resume=resume, progress=progress)
     if json:
         say_json(_as_json(report))
     else:
@@ -52,7 +54,9 @@ def command(
 def _as_json(report: VerifyReport) -> dict[str, object]:
     return {
         "objects": report.objects,
+        "skipped": report.skipped,
         "checked_bytes": report.checked_bytes,
+        "elapsed_seconds": report.elapsed_seconds,
         "damaged": [
             {"id": each.id.hex(), "kind": each.kind, "reason": each.reason, "used_by": list(each.used_by)}
             for each in report.damaged
@@ -62,6 +66,10 @@ def _as_json(report: VerifyReport) -> dict[str, object]:
 
 def _print(report: VerifyReport, *, fast: bool) -> None:
     looked = f"{plural(report.objects, 'object')}, {format_size(report.checked_bytes)}"
+    if report.elapsed_seconds > 1 and not fast:
+        looked += f" at {format_size(round(report.checked_bytes / report.elapsed_seconds))}/s"
+    if report.skipped:
+        looked += f" ({report.skipped:,} were looked at before the interruption)"
     if not report.damaged:
         say(f"{looked}: all as they should be" + (" (sizes and headers; contents were not read)" if fast else ""))
         return

@@ -9,9 +9,10 @@ anew. An object that is well again loses its mark. Previews are checked against 
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Final
 
 import numpy as np
@@ -20,7 +21,7 @@ from mergepipe.store.catalog import ObjectRow, Writing
 from mergepipe.store.codecs import expect
 from mergepipe.store.commits import decode_commit
 from mergepipe.store.digest import DIGEST_BYTES, Digest
-from mergepipe.store.errors import BadInputError, DamagedError, MergePipeError
+from mergepipe.store.errors import BadInputError, DamagedError, MergePipeError, UsageError
 from mergepipe.store.frame import Encoding, Kind
 from mergepipe.store.parallel import Progress, counter, default_workers, run_bounded
 from mergepipe.store.previews import LEVEL, PreviewRow, read_preview, unpack_row
@@ -32,6 +33,8 @@ if TYPE_CHECKING:
     from mergepipe.store.store import Store
 
 _MAXIMUM_USERS: Final = 20
+_BATCH: Final = 4096  # objects between two notes of how far a check has come
+_PROGRESS: Final = b"verified"
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,11 +49,16 @@ class Damage:
 
 @dataclass(frozen=True, slots=True)
 class VerifyReport:
-    """What was looked at. ``checked_bytes``: bytes of object files that were read (headers alone with ``fast``)."""
+    """What was looked at. ``checked_bytes``: bytes of object files that were read (headers alone with ``fast``).
+
+    ``skipped``: objects that an interrupted check had looked at.
+    """
 
     objects: int
     checked_bytes: int
     damaged: tuple[Damage, ...]
+    skipped: int = 0
+    elapsed_seconds: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,16 +87,22 @@ class _Findings:
 
 
 def verify(
-    store: Store, ref: str | None = None, *, fast: bool = False, progress: Progress | None = None
+    store: Store, ref: str | None = None, *, fast: bool = False, resume: bool = False, progress: Progress | None = None
 ) -> VerifyReport:
     """Check all objects, or those that the commit ``ref`` needs.
 
-    ``fast`` looks at sizes and headers alone.
+    ``fast`` looks at sizes and headers alone. ``resume`` goes on where a full check was interrupted; what that one
+    found damaged is looked at again. Others may write, collect and repack at the same time: what has changed since
+    the check began is looked at as it is now.
 
     Raises:
         NotFoundError: ``ref`` does not exist.
+        UsageError: only a check of the whole store, by contents, can be resumed.
     """
+    if resume and (ref is not None or fast):
+        raise UsageError("only a full check of the whole store can be resumed", hint="mp verify --resume")
     findings = _Findings()
+    started = time.monotonic()
     _read_preview_rows(store, findings)
     if ref is None:
         rows = _all_rows(store)
@@ -96,31 +110,76 @@ def verify(
     else:
         rows = _rows_of(store, store.snapshot(ref), findings)
     _check_preview_rows(rows, findings)
-    advance = counter(progress, "verify", sum(row.stored_bytes for row in rows.values()))
+    skipped = _done_before(store, rows) if resume else set()
+    order = sorted(digest for digest in rows if digest not in skipped)
+    advance = counter(progress, "verify", sum(rows[digest].stored_bytes for digest in order))
 
-    def one(item: tuple[Digest, ObjectRow]) -> None:
-        digest, row = item
+    def one(digest: Digest) -> None:
+        row = rows[digest]
+        reason = _what_is_wrong(store, digest, row, findings, fast=fast)
+        with findings.lock:
+            if reason is not None:
+                findings.reasons[digest] = (row.kind.name.lower(), reason)
+            findings.checked_bytes += row.stored_bytes
+        advance(row.stored_bytes)
+
+    deltas = [rows[digest].raw_bytes for digest in order if rows[digest].encoding is Encoding.DELTA]
+    expect(0 if fast else sum(deltas), differences=True)
+    workers = default_workers()
+    whole = ref is None and not fast
+    with ThreadPoolExecutor(workers, thread_name_prefix="verify") as pool:
+        for start in range(0, len(order), _BATCH):
+            batch = order[start : start + _BATCH]
+            run_bounded(pool, one, batch, ahead=2 * workers)
+            _mark(store, batch, set(findings.reasons), fast=fast)
+            if whole:
+                _note_progress(store, batch[-1] if start + _BATCH < len(order) else None)
+    _mark(store, (), set(findings.reasons), fast=fast)
+    found = sorted([*findings.reasons.items(), *findings.rows.items()])
+    users = _users(store, {digest for digest, _ in found}, findings) if found else {}
+    damaged = tuple(Damage(digest, *what, tuple(users.get(digest, ()))) for digest, what in found)
+    return VerifyReport(len(order), findings.checked_bytes, damaged, len(skipped), round(time.monotonic() - started, 3))
+
+
+def _what_is_wrong(store: Store, digest: Digest, row: ObjectRow, findings: _Findings, *, fast: bool) -> str | None:
+    """Why an object is damaged; None where it is well, or was collected meanwhile."""
+    while True:
         try:
             _check_object(store, digest, row, fast=fast)
             if row.kind is Kind.PREVIEW and not fast:
                 _check_preview(store, digest, row, findings.previews.get(digest, ()))
         except MergePipeError as error:
-            with findings.lock:
-                findings.reasons[digest] = (row.kind.name.lower(), error.message)
-        with findings.lock:
-            findings.checked_bytes += row.stored_bytes
-        advance(row.stored_bytes)
+            with store.catalog.reading() as view:
+                now = view.object_row(digest)
+            if now is None:
+                return None
+            if replace(now, touched=row.touched) == row:
+                return error.message
+            row = now  # repacked, or written anew
+        else:
+            return None
 
-    deltas = [row.raw_bytes for row in rows.values() if row.encoding is Encoding.DELTA]
-    expect(0 if fast else sum(deltas), differences=True)
-    workers = default_workers()
-    with ThreadPoolExecutor(workers, thread_name_prefix="verify") as pool:
-        run_bounded(pool, one, rows.items(), ahead=2 * workers)
-    _mark(store, rows, set(findings.reasons), fast=fast)
-    found = sorted([*findings.reasons.items(), *findings.rows.items()])
-    users = _users(store, {digest for digest, _ in found}, findings) if found else {}
-    damaged = tuple(Damage(digest, *what, tuple(users.get(digest, ()))) for digest, what in found)
-    return VerifyReport(len(rows), findings.checked_bytes, damaged)
+
+def _done_before(store: Store, rows: Iterable[Digest]) -> set[Digest]:
+    """What a check that was interrupted has looked at and found well."""
+    with store.catalog.reading() as view:
+        after = view.get("meta", _PROGRESS)
+        marked = {Digest(key) for key, _ in view.items("damaged")}
+    return set() if after is None else {digest for digest in rows if digest <= after and digest not in marked}
+
+
+def _note_progress(store: Store, last: Digest | None) -> None:
+    """Keep how far a check has come, in the order of ids; None: to its end."""
+    if store.catalog.read_only:
+        return
+
+    def change(view: Writing) -> None:
+        if last is not None:
+            view.put("meta", _PROGRESS, last)
+        else:
+            view.delete("meta", _PROGRESS)
+
+    store.catalog.write(change)
 
 
 def _all_rows(store: Store) -> dict[Digest, ObjectRow]:
@@ -226,12 +285,18 @@ def _check_records(store: Store, rows: dict[Digest, ObjectRow], findings: _Findi
                 raise BadInputError(f"the catalog's copy of commit {digest.short} is not that commit")
             _check_sizes(Snapshot(store.reader, digest, commit), rows, findings)
             for needed in object_ids(Snapshot(store.reader, digest, commit)):
-                if needed not in rows:
+                if needed not in rows and not _has_row(store, needed):
                     findings.reasons[needed] = ("unknown", f"commit {digest.short} needs it, and it is not there")
         except DamagedError:
             continue  # the node itself is found below, by its own check
         except MergePipeError as error:
             findings.reasons[digest] = ("commit", error.message)
+
+
+def _has_row(store: Store, digest: Digest) -> bool:
+    """Whether an object has a row by now: a commit may have come since the rows were read."""
+    with store.catalog.reading() as view:
+        return view.object_row(digest) is not None
 
 
 def _check_sizes(snapshot: Snapshot, rows: Mapping[Digest, ObjectRow], findings: _Findings) -> None:

@@ -6,12 +6,15 @@ from pathlib import Path
 
 import pytest
 
-from mergepipe.store import Store
+from mergepipe.store import Digest, Store
+from mergepipe.store import check as check_module
+from mergepipe.store.catalog import ObjectRow
 from mergepipe.store.check import verify
-from mergepipe.store.errors import NotFoundError
+from mergepipe.store.errors import NotFoundError, UsageError
+from mergepipe.store.frame import Kind
 from mergepipe.store.publish import Changes, RefUpdate, publish
 from support.family import write_family
-from support.stores import catalog_rows, flip_bit, object_files, object_path
+from support.stores import catalog_rows, flip_bit, object_files, object_path, objects_of
 
 
 @pytest.fixture
@@ -123,3 +126,65 @@ class TestReports:
         found = {item.id: item for item in verify(family).damaged}
         assert "is missing" in found[old].reason
         assert found[old].used_by == ()
+
+
+class TestInterrupted:
+    def test_it_goes_on_where_it_was(self, family: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(check_module, "_BATCH", 10)
+        everything = verify(family)
+        assert (everything.skipped, everything.damaged) == (0, ())
+        looked: list[Digest] = []
+        original = check_module._check_object
+
+        def until(store: Store, digest: Digest, row: ObjectRow, *, fast: bool) -> None:
+            looked.append(digest)
+            if len(looked) > 25:
+                raise KeyboardInterrupt
+            original(store, digest, row, fast=fast)
+
+        monkeypatch.setattr(check_module, "_check_object", until)
+        with pytest.raises(KeyboardInterrupt):
+            verify(family)
+        looked.clear()
+        monkeypatch.setattr(check_module, "_check_object", original)
+        rest = verify(family, resume=True)
+        assert rest.skipped == 20
+        assert rest.objects == everything.objects - 20
+        assert verify(family, resume=True).skipped == 0  # that one came to its end
+
+    def test_what_was_found_before_is_not_forgotten(self, family: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(check_module, "_BATCH", 10)
+        first = min(Digest(key) for key in catalog_rows(family, "objects")["objects"])
+        flip_bit(object_path(family, first), -1)
+        original = check_module._note_progress
+
+        def stop(store: Store, last: Digest | None) -> None:
+            original(store, last)
+            raise KeyboardInterrupt
+
+        monkeypatch.setattr(check_module, "_note_progress", stop)
+        with pytest.raises(KeyboardInterrupt):
+            verify(family)
+        monkeypatch.setattr(check_module, "_note_progress", original)
+        report = verify(family, resume=True)
+        assert report.skipped == 9
+        assert [damage.id for damage in report.damaged] == [first]
+
+    def test_only_a_full_check_can(self, family: Store) -> None:
+        for options in ({"fast": True}, {"ref": "base"}):
+            with pytest.raises(UsageError):
+                verify(family, resume=True, **options)  # type: ignore[arg-type]
+
+
+def test_what_is_collected_meanwhile_is_no_damage(family: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    victim = objects_of(family, Kind.BLOCK)[0]
+    original = check_module._check_object
+
+    def collected(store: Store, digest: Digest, row: ObjectRow, *, fast: bool) -> None:
+        if digest == victim and object_path(store, victim).exists():
+            store.catalog.write(lambda view: view.delete("objects", victim))
+            object_path(store, victim).unlink()
+        original(store, digest, row, fast=fast)
+
+    monkeypatch.setattr(check_module, "_check_object", collected)
+    assert victim not in [damage.id for damage in verify(family).damaged]

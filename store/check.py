@@ -26,6 +26,7 @@ from mergepipe.store.frame import Encoding, Kind
 from mergepipe.store.parallel import Progress, counter, default_workers, run_bounded
 from mergepipe.store.previews import LEVEL, PreviewRow, read_preview, unpack_row
 from mergepipe.store.refs import all_refs
+from mergepipe.store.replace import settle
 from mergepipe.store.snapshot import Snapshot
 from mergepipe.store.usage import object_ids, with_bases
 
@@ -149,6 +150,7 @@ def _what_is_wrong(store: Store, digest: Digest, row: ObjectRow, findings: _Find
             if row.kind is Kind.PREVIEW and not fast:
                 _check_preview(store, digest, row, findings.previews.get(digest, ()))
         except MergePipeError as error:
+            settle(store.catalog, store.layout)  # a repack that was killed left the row and the file apart
             with store.catalog.reading() as view:
                 now = view.object_row(digest)
             if now is None:
@@ -287,8 +289,10 @@ def _check_records(store: Store, rows: dict[Digest, ObjectRow], findings: _Findi
             for needed in object_ids(Snapshot(store.reader, digest, commit)):
                 if needed not in rows and not _has_row(store, needed):
                     findings.reasons[needed] = ("unknown", f"commit {digest.short} needs it, and it is not there")
-        except DamagedError:
-            continue  # the node itself is found below, by its own check
+        except DamagedError as error:
+            if isinstance(error.__cause__, BadInputError):  # what its id says, and no node: its own check finds nothing
+                findings.reasons[digest] = ("commit", error.message)
+            # else the node itself is found below, by its own check
         except MergePipeError as error:
             findings.reasons[digest] = ("commit", error.message)
 

@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Any, Final
 from mergepipe.store.canonical import load_strict
 from mergepipe.store.catalog import ObjectRow, Reading, Writing
 from mergepipe.store.digest import DIGEST_BYTES, Digest
-from mergepipe.store.errors import BadInputError, DamagedError, UsageError
+from mergepipe.store.errors import BadInputError, DamagedError, NotFoundError, UsageError
 from mergepipe.store.filesystem import explain_os_error
 from mergepipe.store.frame import Kind
 from mergepipe.store.history import reflog
@@ -96,7 +96,13 @@ def collect(store: Store, *, apply: bool = False, grace_seconds: float = DEFAULT
     if apply:
         remove_abandoned(store.layout.temporary)
     while True:
-        marked = _mark(store, limit)
+        before = _state_of(store)
+        try:
+            marked = _mark(store, limit)
+        except (DamagedError, NotFoundError):
+            if _state_of(store) != before:
+                continue  # another collection took a commit that this one was reading
+            raise
         relied = _relied_on(store)
         if not apply:
             with store.catalog.reading() as view:
@@ -122,6 +128,11 @@ def collect(store: Store, *, apply: bool = False, grace_seconds: float = DEFAULT
     stray = _stray(store, limit)
     _remove_files(store, list(stray))
     return _report(dead, stray)
+
+
+def _state_of(store: Store) -> bytes:
+    with store.catalog.reading() as view:
+        return _state(view)
 
 
 def _mark(store: Store, limit: int) -> _Marked:
@@ -214,16 +225,20 @@ def _dead(view: Reading, marked: _Marked, relied: AbstractSet[Digest], limit: in
     commits = {Digest(key) for key, _ in view.items("commits") if key not in marked.commits}
     dead: dict[Digest, ObjectRow] = {}
     young: dict[Digest, ObjectRow] = {}
+    bases: set[Digest] = set()
     previews = _needed_previews(view, marked.objects)
     for key, _ in view.items("objects"):
         digest = Digest(key)
         row = view.object_row(digest)
-        if row is None or digest in marked.objects or digest in relied or digest in previews:
+        if row is None:
             continue
-        (young if row.touched >= limit else dead)[digest] = row
-    for base in _bases(view, young, relied):
-        if base in dead:
-            young[base] = dead.pop(base)
+        stays = digest in marked.objects or digest in relied or digest in previews
+        if not stays:
+            (young if row.touched >= limit else dead)[digest] = row
+        if row.base is not None and (stays or row.touched >= limit):
+            bases.add(row.base)  # also where another encoding came after the marking
+    for base in bases & dead.keys():
+        young[base] = dead.pop(base)
     rows = [
         ("children", key)
         for key, _ in view.items("children")
@@ -261,16 +276,6 @@ def _needed_previews(view: Reading, objects: AbstractSet[Digest]) -> set[Digest]
         for key, value in view.items("previews")
         if value and key[:DIGEST_BYTES] in objects and key[DIGEST_BYTES : 2 * DIGEST_BYTES] in objects
     }
-
-
-def _bases(view: Reading, young: dict[Digest, ObjectRow], relied: AbstractSet[Digest]) -> set[Digest]:
-    """What the deltas among objects that stay, though no commit needs them, are stored against."""
-    found = {row.base for row in young.values() if row.base is not None}
-    for digest in relied:
-        row = view.object_row(digest)
-        if row is not None and row.base is not None:
-            found.add(row.base)
-    return found
 
 
 def _stray(store: Store, limit: int) -> dict[Path, int]:

@@ -6,7 +6,8 @@ the directories are flushed, and rows, commits and refs are put; (4) the transac
 
 Before (4) nothing is visible, after it all is. A crash between the renames and (4) leaves files without rows, which
 the next writer of the same object replaces. Since renames happen under the write lock and only where no row exists,
-a row and its file always agree. A ref moves only from the value that its writer saw.
+a row and its file always agree. A ref moves only from the value that its writer saw. Moves of refs go to the journal
+(:mod:`mergepipe.store.journal`), last of all before (4).
 """
 
 from __future__ import annotations
@@ -22,7 +23,9 @@ from mergepipe.store.commits import Commit, timestamp_now
 from mergepipe.store.digest import Digest
 from mergepipe.store.errors import ConflictError
 from mergepipe.store.filesystem import explain_os_error, flush_directory, flush_files, flush_filesystem
+from mergepipe.store.frame import Encoding
 from mergepipe.store.interrupts import too_late_to_interrupt
+from mergepipe.store.journal import record_moves
 from mergepipe.store.layout import is_layout
 from mergepipe.store.refs import Ref, decode_ref, encode_ref
 from mergepipe.store.staging import Batch, Staging
@@ -83,6 +86,8 @@ def publish(catalog: Catalog, staging: Staging | Batch | None, changes: Changes)
         _put_rows(view, changes)
         for update in changes.refs:
             _move_ref(view, update)
+        if changes.refs and catalog.journal is not None:
+            record_moves(view, catalog.journal, [(update.name, update.kind) for update in changes.refs])
 
     with too_late_to_interrupt():
         catalog.write(change)
@@ -118,7 +123,8 @@ def _expect_bases(view: Writing, staging: Staging | Batch) -> None:
     """Raises ConflictError where a block that a new delta is stored against was collected meanwhile."""
     bases = {row.base for row in staging.rows.values() if row.base is not None and row.base not in staging.rows}
     for base in bases:
-        if view.object_row(base) is None:
+        found = view.object_row(base)
+        if found is None or found.encoding is Encoding.DELTA:
             raise _went_away(f"object {base.short}, which a delta is stored against,")
 
 

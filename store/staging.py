@@ -25,6 +25,7 @@ from mergepipe.store.filesystem import explain_os_error, start_writeback
 from mergepipe.store.frame import HEADER_BYTES, Encoding, Header, Kind, pack_header
 from mergepipe.store.layout import Layout
 from mergepipe.store.leases import ReliedOn, pin, remove_abandoned, write_lease
+from mergepipe.store.objects import may_unfold
 
 if TYPE_CHECKING:
     from mergepipe.store.codecs import Bytes
@@ -180,7 +181,8 @@ class Staging:
         digest = hash_record(_RECORD_NAMES[kind], data)
         if self.claim(digest):
             small = zlib.compress(data, 6)
-            encoding, payload = (Encoding.DEFLATE, small) if len(small) < len(data) else (Encoding.RAW, data)
+            folded = len(small) < len(data) and may_unfold(len(data), len(small))
+            encoding, payload = (Encoding.DEFLATE, small) if folded else (Encoding.RAW, data)
             self._write(digest, Header(kind, encoding, 1, len(data), len(payload), None), [payload])
         return digest
 

@@ -91,10 +91,62 @@ def suggest_base(store: Store, path: Path, ref: str | None = None) -> Suggestion
     if not close:
         return None
     different_share, relative, name = close[0]
-    return Suggestion(
-        name,
-        f"of the blocks sampled {1 - different_share:.0%} are identical and the rest differs by {relative:.1%}",
+    return Suggestion(name, _reason(different_share, relative))
+
+
+def suggest_stored_base(store: Store, own: Snapshot) -> Suggestion | None:
+    """The most likely base of a model that is in the store, among the refs whose commits are older than its own."""
+    with store.catalog.reading() as view:
+        refs = all_refs(view)
+    seen = {own.commit_id}
+    ranked: list[tuple[float, float, str]] = []
+    for known in refs:
+        if known.commit in seen or len(ranked) >= _MAXIMUM_CANDIDATES:
+            continue
+        seen.add(known.commit)
+        snapshot = store.snapshot_of(known.commit)
+        if snapshot.commit.time < own.commit.time and _same_stored_tensors(own, snapshot):
+            ranked.append((*_stored_distance(store, own, snapshot), known.name))
+    close = sorted(item for item in ranked if item[1] < _TOO_FAR)
+    return Suggestion(close[0][2], _reason(*close[0][:2])) if close else None
+
+
+def _same_stored_tensors(own: Snapshot, other: Snapshot) -> bool:
+    entries = other.tensors
+    return entries.keys() == own.tensors.keys() and all(
+        entries[name].shape == entry.shape for name, entry in own.tensors.items()
     )
+
+
+def _stored_distance(store: Store, own: Snapshot, base: Snapshot) -> tuple[float, float]:
+    """What :func:`_distance` says, of two models that are both in the store."""
+    pairs = [(base.tensors[name], entry) for name, entry in own.tensors.items() if entry.blocks]
+    pairs = [
+        (mine, entry)
+        for mine, entry in pairs
+        if entry.element_type.has_statistics and entry.dtype == mine.dtype and entry.same_grid(mine)
+    ]
+    differing = 0
+    difference = size = 0.0
+    sampled = pairs[:: max(len(pairs) // _SAMPLES, 1)]
+    for number, (mine, entry) in enumerate(sampled):
+        index = number * 7919 % len(entry.blocks)
+        if mine.blocks[index] == entry.blocks[index]:
+            continue
+        data, old = (np.empty(entry.block_span(index)[1], np.uint8) for _ in range(2))
+        store.reader.read_block(entry.blocks[index], data)
+        store.reader.read_block(mine.blocks[index], old)
+        types = entry.element_type, entry.element_type
+        differing += 1
+        difference += block_statistics(data, old, *types, None).l2 ** 2
+        size += block_statistics(old, np.zeros_like(old), *types, None).l2 ** 2
+    if not sampled:
+        return 1.0, 1.0
+    return differing / len(sampled), (difference / size) ** 0.5 if size else 0.0
+
+
+def _reason(different_share: float, relative: float) -> str:
+    return f"of the blocks sampled {1 - different_share:.0%} are identical and the rest differs by {relative:.1%}"
 
 
 def _as_before(store: Store, commit: Commit) -> Suggestion | None:

@@ -55,7 +55,7 @@ COMMANDS: Final = (
     Entry("repack", KEEP, "Store blocks in fewer bytes; ids and contents stay the same."),
     Entry("verify", KEEP, "Check every byte of the store against its id."),
     Entry("recover", KEEP, "Rebuild a lost or damaged catalog from the objects."),
-    Entry("heal", KEEP, "Put back what is damaged or missing, from another store or a checkpoint."),
+    Entry("heal", KEEP, "Put back what is damaged or lost, from a copy or a checkpoint."),
     Entry("doctor", KEEP, "Look at the store and the machine, and say what may go wrong."),
 )
 _SETTINGS: Final = {"help_option_names": ["-h", "--help"], "max_content_width": 100}

@@ -7,6 +7,7 @@ duplicate key, trailing text, half of a character or absurd nesting is an error.
 from __future__ import annotations
 
 import json
+import math
 from typing import Any
 
 from mergepipe.store.errors import BadInputError
@@ -27,8 +28,8 @@ def load_strict(data: bytes, what: str) -> Any:
     """Parse JSON from a stranger.
 
     Raises:
-        BadInputError: not JSON, not UTF-8, a duplicate key, a NaN, half of a character, or nested too deeply; the
-            message begins with ``what``.
+        BadInputError: not JSON, not UTF-8, a duplicate key, a NaN, a number like 1e999, half of a character, or nested
+            too deeply; the message begins with ``what``.
     """
 
     def pairs(items: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -42,8 +43,14 @@ def load_strict(data: bytes, what: str) -> Any:
     def refuse(token: str) -> Any:
         raise BadInputError(f"{what}: {token} is not JSON")
 
+    def finite(token: str) -> float:
+        value = float(token)
+        if math.isinf(value):
+            raise BadInputError(f"{what}: {token[:40]} is more than a number can be")
+        return value
+
     try:
-        value = json.loads(data.decode("utf-8"), object_pairs_hook=pairs, parse_constant=refuse)
+        value = json.loads(data.decode("utf-8"), object_pairs_hook=pairs, parse_constant=refuse, parse_float=finite)
         if b"\\u" in data:  # an escape can write half a character, which no UTF-8 can
             dump_canonical(value)
         return value

@@ -1,7 +1,8 @@
 """The catalog: an LMDB environment of small rows, and the only module that talks to LMDB.
 
 An object exists if and only if ``objects`` has its row. Everything but the refs can be rebuilt from the objects.
-Rows of fixed layout are described in ``docs/format.md``; variable ones are canonical JSON.
+Rows of fixed layout are described in ``docs/format.md``; variable ones are canonical JSON. ``mp recover`` makes a new
+one (:mod:`mergepipe.store.recover`), and may put it in the place of the old one while somebody waits to open that.
 
 One environment a process and path (LMDB's own rule), shared by all stores opened on it; never used across a fork.
 Transactions are short: nothing here stays open while weights are read.
@@ -26,6 +27,7 @@ from mergepipe.store.digest import DIGEST_BYTES, Digest
 from mergepipe.store.errors import ConflictError, DamagedError, EnvironmentalError
 from mergepipe.store.filesystem import explain_os_error, refuse_network_filesystem, will_need
 from mergepipe.store.frame import Encoding, Kind
+from mergepipe.store.lmdb_file import why_unsafe
 
 Result = TypeVar("Result")
 Databases: TypeAlias = dict[str, Any]
@@ -34,7 +36,9 @@ DATABASES: Final = (
     "previews",
 )  # fmt: skip
 _LATER: Final = ("previews",)  # databases that the first stores did not have
-_DATA: Final = "data.mdb"
+DATA: Final = "data.mdb"
+LOCK: Final = "lock.mdb"
+_RECOVER: Final = "The objects are not lost, keep the folder: `mp recover` says what it can rebuild from them."
 _ENGINE: Final = 0  # LMDB 0.9's file format; 1.0's differs, and only one of them can open a file
 _MAP_BYTES: Final = 64 << 30  # reserved address space, not disk
 _NEARLY_FULL_BYTES: Final = 1 << 20
@@ -76,33 +80,66 @@ def unpack_object_row(data: bytes) -> ObjectRow:
     )
 
 
+@dataclass(frozen=True, slots=True)
+class CatalogState:
+    """What LMDB says of itself. Sizes in bytes: of the reserved map, of pages with content, of pages to be used again.
+
+    ``cleared_readers``: places of readers that had died, which are free now.
+    """
+
+    map_bytes: int
+    used_bytes: int
+    free_bytes: int
+    most_readers: int
+    readers: int
+    cleared_readers: int
+
+
 class Catalog:
     """One open LMDB environment."""
 
     def __init__(self, path: Path, *, create: bool = False) -> None:
         refuse_network_filesystem(path)
-        if not create and not _has_content(path / _DATA):
-            raise DamagedError(
-                f"the catalog in {path} is lost: there is no {_DATA}, or nothing in it",
-                hint="The objects are not lost: keep the folder, and put the catalog back from a copy.",
-            )
+        if not create and not _has_content(path / DATA):
+            raise DamagedError(f"the catalog in {path} is lost: there is no {DATA}, or nothing in it", hint=_RECOVER)
+        if _has_content(path / DATA):
+            _refuse_broken(path)
         self.path = path
+        self.journal: Path | None = None
+        """Where moves of refs are written down as well; whoever opens the store says it."""
         self._pid = os.getpid()
         self.read_only = not os.access(path, os.W_OK)
         try:
-            self._env = lmdb.open(
-                str(path),
-                map_size=_MAP_BYTES,
-                max_dbs=len(DATABASES) + 7,
-                max_readers=512,
-                readonly=self.read_only,
-                lock=not self.read_only,
-                create=not self.read_only,
-                lib_version=_ENGINE,
-            )
+            self._env = self._open_environment()
             self._databases: Databases = {name: self._open_database(name) for name in DATABASES}
         except lmdb.Error as error:
             raise _explain(error, path) from error
+
+    def _open_environment(self) -> lmdb.Environment:
+        """LMDB opens its lock file first, waits there if need be, and then opens the data file by its name.
+
+        Where another catalog has taken the place meanwhile, the two are not of one pair: both are opened anew.
+        """
+        while True:
+            before = _lock_file(self.path)
+            try:
+                environment = lmdb.open(
+                    str(self.path),
+                    map_size=_MAP_BYTES,
+                    max_dbs=len(DATABASES) + 7,
+                    max_readers=512,
+                    readonly=self.read_only,
+                    lock=not self.read_only,
+                    create=not self.read_only,
+                    lib_version=_ENGINE,
+                )
+            except lmdb.Error:
+                if before == _lock_file(self.path):
+                    raise
+                continue
+            if self.read_only or (before is not None and before == _lock_file(self.path)):
+                return environment
+            environment.close()
 
     def _open_database(self, name: str) -> Any:
         """A database's handle; None where a store that cannot be written was made before there was this one."""
@@ -116,8 +153,8 @@ class Catalog:
     def read_ahead(self) -> None:
         """Have the system read the catalog, before many large rows are wanted, if it is small enough; never fails."""
         with suppress(OSError):
-            if (self.path / _DATA).stat().st_size <= _READ_AHEAD_BYTES:
-                will_need(str(self.path / _DATA), 0)
+            if (self.path / DATA).stat().st_size <= _READ_AHEAD_BYTES:
+                will_need(str(self.path / DATA), 0)
 
     @contextmanager
     def reading(self) -> Iterator[Reading]:
@@ -158,6 +195,24 @@ class Catalog:
         except lmdb.ReadersFullError:  # processes that died in a transaction still have their places
             self._env.reader_check()
             return self._env.begin(write=write)
+
+    def state(self) -> CatalogState:
+        """Sizes, and readers; those that died are cleared, which any writer may do at any time."""
+        self._same_process()
+        try:
+            cleared = 0 if self.read_only else self._env.reader_check()
+            info, main = self._env.info(), self._env.stat()
+            with self._begin(write=False) as transaction:
+                stats = [main, *(transaction.stat(db=db) for db in self._databases.values() if db is not None)]
+        except lmdb.Error as error:
+            raise _explain(error, self.path) from error
+        pages = sum(each["branch_pages"] + each["leaf_pages"] + each["overflow_pages"] for each in stats)
+        page = main["psize"]
+        used = (pages + 2) * page  # and the two meta pages
+        return CatalogState(
+            info["map_size"], used, max((info["last_pgno"] + 1) * page - used, 0), info["max_readers"],
+            info["num_readers"], cleared,
+        )  # fmt: skip
 
     def _same_process(self) -> None:
         if os.getpid() != self._pid:
@@ -232,6 +287,28 @@ _open: dict[str, tuple[int, int, Catalog]] = {}
 _guard = threading.Lock()
 
 
+def is_open_here(path: Path) -> bool:
+    """Whether this process has the catalog open."""
+    with _guard:
+        return str(path.resolve()) in _open
+
+
+def _lock_file(path: Path) -> tuple[int, int] | None:
+    """Which file LMDB's lock file is; None where there is none."""
+    try:
+        found = (path / LOCK).stat()
+    except OSError:
+        return None
+    return found.st_dev, found.st_ino
+
+
+def _refuse_broken(path: Path) -> None:
+    """Raises DamagedError where LMDB would read beyond the end of its file, or what is no page: it ends the process."""
+    reason = why_unsafe(path / DATA)
+    if reason:
+        raise DamagedError(reason, hint=_RECOVER)
+
+
 def _has_content(path: Path) -> bool:
     try:
         return path.stat().st_size > 0
@@ -299,9 +376,9 @@ def _explain(error: lmdb.Error, path: Path) -> Exception:
     if isinstance(error, lmdb.DiskError) or "No space left" in text or _was_short_write(text, path):
         return explain_os_error(OSError(errno.ENOSPC, text), "writing the catalog")
     if isinstance(error, (lmdb.CorruptedError, lmdb.InvalidError, lmdb.PageNotFoundError, lmdb.PanicError)):
-        return DamagedError(f"the catalog in {path} is damaged: {text}", hint="The objects are not: keep the folder.")
+        return DamagedError(f"the catalog in {path} is damaged: {text}", hint=_RECOVER)
     if isinstance(error, lmdb.VersionMismatchError):
-        return DamagedError(f"the catalog in {path} was written by another LMDB format: {text}")
+        return DamagedError(f"the catalog in {path} was written by another LMDB format: {text}", hint=_RECOVER)
     if isinstance(error, lmdb.LockError):
         return ConflictError(f"the catalog in {path} is locked: {text}")
     return EnvironmentalError(f"the catalog in {path} cannot be used: {text}" + (f" ({code})" if code else ""))

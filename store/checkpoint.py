@@ -205,7 +205,10 @@ def open_checkpoint(path: Path) -> Checkpoint:
 
 
 def _open_directory(checkpoint: Checkpoint) -> None:
-    found = walk_folder(checkpoint.path)
+    try:
+        found = walk_folder(checkpoint.path)
+    except RuntimeError as error:  # what Python 3.11 and 3.12 say of a link that leads to itself
+        raise BadInputError(f"{checkpoint.path}: {error}", hint="Remove the link.") from error
     weights = _weight_files(checkpoint, found)
     for name in weights:
         if name.endswith(".safetensors"):

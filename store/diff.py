@@ -7,7 +7,16 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, TypeVar
 
 from mergepipe.store.digest import Digest
-from mergepipe.store.manifest import FileEntry, Node, TensorEntry, join_name, natural_key, walk_tensors
+from mergepipe.store.manifest import (
+    FileEntry,
+    Node,
+    SharedNodes,
+    TensorEntry,
+    check_depth,
+    join_name,
+    natural_key,
+    walk_tensors,
+)
 from mergepipe.store.norms import Norms, add_norms, read_norms
 from mergepipe.store.snapshot import Snapshot
 
@@ -59,7 +68,10 @@ class TreeDiff:
 
 
 def diff(store: Store, a: Snapshot, b: Snapshot) -> TreeDiff:
-    """The changes that lead from ``a`` to ``b``; raises DamagedError where a manifest node cannot be read."""
+    """The changes that lead from ``a`` to ``b``; raises DamagedError where a manifest node cannot be read.
+
+    Raises BadInputError for trees that no release makes (:func:`~mergepipe.store.manifest.walk_tensors`).
+    """
     if a.commit.tree == b.commit.tree:
         return TreeDiff((), (), 0)
     seen: set[Digest] = set()
@@ -68,7 +80,7 @@ def diff(store: Store, a: Snapshot, b: Snapshot) -> TreeDiff:
         seen.add(digest)
         return a.node(digest)
 
-    pairs = list(_tensor_pairs(a.commit.tree, b.commit.tree, read, ()))
+    pairs = list(_tensor_pairs(a.commit.tree, b.commit.tree, SharedNodes(read), ()))
     tensors = tuple(_tensor_change(store, name, before, after) for name, before, after in pairs)
     return TreeDiff(tensors, tuple(_file_changes(a.files, b.files)), len(seen), a.root.shards != b.root.shards)
 
@@ -79,6 +91,7 @@ def _tensor_pairs(
     """Tensors that differ below two nodes; a subtree that only one side has is walked whole."""
     if before == after:
         return
+    check_depth(path)
     left = read(before) if before is not None else Node()
     right = read(after) if after is not None else Node()
     if before is None or after is None:

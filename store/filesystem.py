@@ -128,7 +128,7 @@ def start_writeback(descriptor: int) -> None:
 
 def will_need(path: str, first_bytes: int) -> bytes:
     """Ask the kernel to read a file ahead; returns its first bytes. Raises OSError."""
-    descriptor = os.open(path, os.O_RDONLY)
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)  # which does not wait for who writes into a pipe
     try:
         if hasattr(os, "posix_fadvise"):
             os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_WILLNEED)

@@ -97,7 +97,7 @@ def reflog(view: Reading, ref: str | None = None) -> list[Move]:
     ago: dict[str, int] = {}
     prefix = ref.encode() + b"\0" if ref is not None else b""
     for key, value in view.items("reflog", prefix, reverse=True):
-        name = key[:-9].decode()
+        name = key[:-9].decode(errors="replace")
         ago[name] = ago.get(name, -1) + 1
         moves.append(_move(name, ago[name], value))
     return sorted(moves, key=lambda move: move.time, reverse=True) if ref is None else moves

@@ -6,6 +6,7 @@
       store.json          format version, block size, where the catalog is
       objects/ab/cdef…    one file for each object, named by its id
       catalog/            the LMDB environment (or elsewhere: store.json says)
+      refs.journal        how refs moved, in case the catalog is lost
       tmp/<writer>/       what a writer has not published yet, with its lease
 """
 
@@ -43,6 +44,10 @@ class Layout:
     @property
     def temporary(self) -> Path:
         return self.root / "tmp"
+
+    @property
+    def journal(self) -> Path:
+        return self.root / "refs.journal"
 
     def object_path(self, digest: Digest) -> str:
         """``objects/ab/cdef…``; a plain string, for it is on every hot path."""
@@ -126,6 +131,26 @@ def read_layout(root: Path) -> Layout:
     if type(block_bytes) is not int or not _is_block_size(block_bytes) or not isinstance(catalog, str):
         raise BadInputError(f"{path}: not a store's settings")
     return Layout(root, block_bytes, root / catalog)
+
+
+def find_layout(path: Path | str | None = None) -> Layout:
+    """The layout of the store in ``path``: the ``.mp`` directory or the folder that has it; see :func:`find_store`.
+
+    Raises:
+        NotFoundError: there is none.
+        BadInputError: its settings cannot be read, or it was made by a later release.
+    """
+    if path is None:
+        found = find_store()
+        if found is None:
+            raise NotFoundError(
+                "there is no store here or in a folder above",
+                hint="Make one with `mp init` or `mp ingest`.",
+            )
+        path = found
+    root = Path(path)
+    inner = root / STORE_DIRECTORY
+    return read_layout(inner if (inner / _SETTINGS).exists() else root)
 
 
 def find_store(start: Path | None = None) -> Path | None:

@@ -20,13 +20,17 @@ from functools import cached_property
 from typing import Any
 
 from mergepipe.store.canonical import dump_canonical, load_strict
-from mergepipe.store.chunking import block_count, block_elements, is_contiguous
+from mergepipe.store.chunking import MAXIMUM_BLOCK_BYTES, block_count, block_elements, is_contiguous
 from mergepipe.store.digest import Digest, hash_record
 from mergepipe.store.dtypes import DTYPES, DType
 from mergepipe.store.errors import BadInputError
 
 MAXIMUM_DIMENSIONS = 64
 MAXIMUM_DEPTH = 64  # of the tree; what is deeper in a tensor's name stays in its leaf
+# Nodes may be shared: 64 that share their children would list 2^64 tensors. So many may be listed, and so many more for
+# each name that was read.
+_ROOM = 1 << 20
+_SHARED = 64
 
 
 @dataclass(frozen=True)
@@ -169,19 +173,45 @@ def walk_tensors(
     """All tensors below a node with their full names, in the tree's order (layers by number).
 
     Raises:
-        BadInputError: the tree is deeper than :func:`build_tree` makes them.
+        BadInputError: the tree is deeper than :func:`build_tree` makes them, or its nodes share nodes until a small
+            tree lists more than any model has.
     """
-    if len(path) > MAXIMUM_DEPTH:
-        raise BadInputError(f"the manifest tree below {path[0]!r} is deeper than any that mp makes")
+    check_depth(path)
+    nodes = read if isinstance(read, SharedNodes) else SharedNodes(read)
     for leaf, entry in root.tensors.items():
         yield join_name(path, leaf), entry
     for name in sorted(root.nodes, key=natural_key):
-        yield from walk_tensors(read(root.nodes[name]), read, (*path, name))
+        yield from walk_tensors(nodes(root.nodes[name]), nodes, (*path, name))
+
+
+def check_depth(path: tuple[str, ...]) -> None:
+    """Raises BadInputError for a place that is deeper than any in a tree that :func:`build_tree` made."""
+    if len(path) > MAXIMUM_DEPTH:
+        raise BadInputError(f"the manifest tree below {path[0]!r} is deeper than any that mp makes")
+
+
+class SharedNodes:
+    """The nodes of one walk: each is read once, whoever shares it, and visits are held to what was read."""
+
+    def __init__(self, read: Callable[[Digest], Node]) -> None:
+        self._read = read
+        self._known: dict[Digest, Node] = {}
+        self._left = _ROOM
+
+    def __call__(self, digest: Digest) -> Node:
+        node = self._known.get(digest)
+        if node is None:
+            node = self._known[digest] = self._read(digest)
+            self._left += _SHARED * (1 + len(node.nodes) + len(node.tensors))
+        self._left -= 1 + len(node.tensors)
+        if self._left < 0:
+            raise BadInputError("the manifest tree lists the same nodes again and again, more often than any model has")
+        return node
 
 
 def natural_key(name: str) -> tuple[int, int, str]:
     """Sorts ``2`` before ``10``."""
-    return (0, int(name), name) if name.isascii() and name.isdigit() else (1, 0, name)
+    return (0, int(name), name) if name.isascii() and name.isdigit() and len(name) < 20 else (1, 0, name)
 
 
 def decode_node(data: bytes, what: str) -> Node:
@@ -208,6 +238,8 @@ def decode_tensor(value: Any) -> TensorEntry:
     blocks = tuple(Digest.parse(block) for block in value["blocks"])
     if len(blocks) != block_count(shape, chunks):
         raise ValueError(f"{len(blocks)} blocks for {shape} cut into {chunks}")
+    if blocks and DTYPES[dtype].nbytes(block_elements(shape, chunks, 0)[1]) > MAXIMUM_BLOCK_BYTES:
+        raise ValueError(f"a tensor of {dtype} {shape} in blocks that are larger than any, {chunks}")
     return TensorEntry(dtype, shape, chunks, blocks)
 
 

@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 
 _RECORDS = {Kind.NODE: "node", Kind.COMMIT: "commit", Kind.PLAN: "plan"}
 MAXIMUM_RECORD_BYTES = 1 << 30
+_UNFOLDED_BYTES = 4 << 20
+_UNFOLDED_SHARE = 64
 
 
 class Role(StrEnum):
@@ -51,6 +53,16 @@ class ReadCounters:
             self.stored[role] += stored
             self.decoded[role] += decoded
             self.objects[role] += 1
+
+
+def may_unfold(raw_bytes: int, payload_bytes: int) -> bool:
+    """Whether a deflated record may have so many bytes: no small file may ask for gigabytes of memory."""
+    return raw_bytes <= max(_UNFOLDED_BYTES, _UNFOLDED_SHARE * payload_bytes)
+
+
+def _no_pipes(path: str, flags: int) -> int:
+    """For ``open``: a stranger's store can have a named pipe in an object's place, and nobody who writes into it."""
+    return os.open(path, flags | os.O_NONBLOCK)
 
 
 class ObjectReader:
@@ -180,7 +192,7 @@ class ObjectReader:
             DamagedError: the object is missing or its header cannot be read.
         """
         try:
-            with open(self.layout.object_path(digest), "rb", buffering=0) as file:  # noqa: PTH123  # hot path
+            with open(self.layout.object_path(digest), "rb", buffering=0, opener=_no_pipes) as file:
                 return unpack_header(file.read(HEADER_BYTES))
         except (OSError, ValueError) as error:
             raise self._damaged(digest, _reason(error)) from error
@@ -218,7 +230,7 @@ class ObjectReader:
     def _load(self, digest: Digest, role: Role, slot: str = "own") -> tuple[Header, memoryview]:
         """Header and payload; the payload lives in this thread's buffer until the next load into its slot."""
         try:
-            with open(self.layout.object_path(digest), "rb", buffering=0) as file:  # noqa: PTH123  # hot path
+            with open(self.layout.object_path(digest), "rb", buffering=0, opener=_no_pipes) as file:
                 size = os.fstat(file.fileno()).st_size
                 if size > HEADER_BYTES + MAXIMUM_RECORD_BYTES:
                     raise ValueError(f"the file has {size} bytes, more than an object can have")
@@ -241,7 +253,7 @@ class ObjectReader:
         return memoryview(buffer)[:size]
 
     def _inflate(self, digest: Digest, header: Header, payload: memoryview) -> bytes:
-        if header.raw_bytes > MAXIMUM_RECORD_BYTES:
+        if header.raw_bytes > MAXIMUM_RECORD_BYTES or not may_unfold(header.raw_bytes, payload.nbytes):
             raise self._damaged(digest, f"claims {header.raw_bytes} bytes")
         try:
             # The limit keeps a hostile payload from growing past the size that the header declares.

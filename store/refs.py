@@ -177,10 +177,18 @@ def _parent(view: Reading, commit: Digest, number: int, text: str) -> Digest:
 
 
 def _earlier(view: Reading, name: str, moves: int) -> Digest:
-    entries = [
-        load_strict(value, "a reflog row") for _, value in view.items("reflog", name.encode() + b"\0", reverse=True)
-    ]
-    past = [entry["new"] for entry in entries]
-    if moves >= len(past) or past[moves] is None:
+    rows = view.items("reflog", name.encode() + b"\0", reverse=True)
+    past = [_moved_to(name, value) for _, value in rows]
+    there = past[moves] if moves < len(past) else None
+    if there is None:
         raise NotFoundError(f"{name}@{{{moves}}}: the ref moved only {len(past)} times", hint="`mp log REF --reflog`")
-    return Digest.parse(past[moves])
+    return there
+
+
+def _moved_to(name: str, row: bytes) -> Digest | None:
+    """Where a row of a ref's log says that it went, None where it was removed; raises DamagedError."""
+    try:
+        new = load_strict(row, "a reflog row")["new"]
+        return None if new is None else Digest.parse(new)
+    except (BadInputError, ValueError, KeyError, TypeError) as error:
+        raise DamagedError(f"a row of the log of ref {name!r} cannot be read ({error})") from error

@@ -102,9 +102,8 @@ def _entry(name: str, item: Any, what: str) -> HeaderEntry:
         raise BadInputError(f"{place}: shape and data_offsets must be lists of whole numbers")
     bits = math.prod(shape) * dtype.bits
     if offsets[1] - offsets[0] != bits // 8 or bits % 8:
-        raise BadInputError(
-            f"{place}: {dtype.name} {shape} takes {bits / 8:g} bytes, data_offsets say {offsets[1] - offsets[0]}"
-        )
+        takes = f"{bits // 8}{str(bits % 8 / 8)[1:] if bits % 8 else ''} bytes"  # it may be more than a float can hold
+        raise BadInputError(f"{place}: {dtype.name} {shape} takes {takes}, data_offsets say {offsets[1] - offsets[0]}")
     return HeaderEntry(name, dtype, tuple(shape), offsets[0], offsets[1])
 
 

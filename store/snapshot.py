@@ -127,7 +127,7 @@ class Snapshot:
             return {}
         try:
             value = json.loads(self.read_file("config.json"))
-        except ValueError:
+        except (ValueError, RecursionError):
             return {}
         return value if isinstance(value, dict) else {}
 

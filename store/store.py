@@ -22,9 +22,9 @@ from mergepipe.store.catalog import Writing, open_catalog, release_catalog
 from mergepipe.store.chunking import DEFAULT_BLOCK_BYTES
 from mergepipe.store.commits import Commit
 from mergepipe.store.digest import Digest
-from mergepipe.store.errors import MergePipeError, NotFoundError
+from mergepipe.store.errors import MergePipeError
 from mergepipe.store.filesystem import explain_os_error
-from mergepipe.store.layout import STORE_DIRECTORY, Layout, create_layout, discard_layout, find_store, read_layout
+from mergepipe.store.layout import Layout, create_layout, discard_layout, find_layout
 from mergepipe.store.objects import ObjectReader
 from mergepipe.store.refs import load_commit, resolve
 from mergepipe.store.snapshot import Snapshot
@@ -39,6 +39,7 @@ class Store:
     def __init__(self, layout: Layout, *, create: bool = False) -> None:
         self.layout = layout
         self.catalog = open_catalog(layout.catalog, create=create)
+        self.catalog.journal = layout.journal
         self.reader = ObjectReader(layout)
 
     @classmethod
@@ -71,17 +72,7 @@ class Store:
         Raises:
             NotFoundError: there is none.
         """
-        if path is None:
-            found = find_store()
-            if found is None:
-                raise NotFoundError(
-                    "there is no store here or in a folder above",
-                    hint="Make one with `mp init` or `mp ingest`.",
-                )
-            path = found
-        root = Path(path)
-        inner = root / STORE_DIRECTORY
-        return cls(read_layout(inner if (inner / "store.json").exists() else root))
+        return cls(find_layout(path))
 
     def __enter__(self) -> Self:
         return self

@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from mergepipe.store.codecs import Bytes
 
 _REPEATED_BYTES: Final = 64 << 20  # what a tensor may take beyond its file's size: views can repeat elements
+_NAMES_BYTES: Final = 64 << 20  # of all names together, with so much for each of them
+_NAME_BYTES: Final = 64
 
 
 @dataclass
@@ -55,16 +57,18 @@ def read_torch_file(path: Path) -> tuple[dict[str, TorchTensor], list[str]]:
         BadInputError: not a PyTorch file, or one that would run code, or a tensor that has no safetensors type.
     """
     value = _load(path)
-    tensors: dict[str, TorchTensor] = {}
-    skipped: list[str] = []
+    found = _Collected(path)
     try:
-        _collect(path, value, "", tensors, skipped)
+        found.collect(value, "")
     except RecursionError as error:
         raise BadInputError(f"{path}: nested too deeply, or inside of itself") from error
-    if not tensors:
+    except ValueError as error:  # a whole number of thousands of digits as a key
+        raise BadInputError(f"{path}: a key in it is no name ({error})") from error
+    if not found.tensors:
         raise BadInputError(f"{path}: there is no tensor in it", hint="Give the file that holds the weights.")
-    notes = [f"{path.name}: left out {', '.join(skipped[:5])}, which are no tensors"] if skipped else []
-    return tensors, notes
+    skipped = ", ".join(found.skipped[:5])
+    notes = [f"{path.name}: left out {skipped}, which are no tensors"] if skipped else []
+    return found.tensors, notes
 
 
 def _load(path: Path) -> Any:
@@ -88,21 +92,35 @@ def _load(path: Path) -> Any:
         raise BadInputError(f"{path}: not a PyTorch file ({_first_line(error)})") from error
 
 
-def _collect(path: Path, value: Any, prefix: str, tensors: dict[str, TorchTensor], skipped: list[str]) -> None:
-    import torch
+class _Collected:
+    """The tensors of what was loaded, by dotted name. A pickle can hold one list twice, and that one another twice."""
 
-    if isinstance(value, torch.Tensor):
-        if prefix in tensors:
-            raise BadInputError(f"{path}: two of its tensors would both be called {prefix!r}", hint="Rename one.")
-        tensors[prefix] = _source(path, prefix, value)
-    elif isinstance(value, dict):
-        for key, item in value.items():
-            _collect(path, item, f"{prefix}.{key}" if prefix else str(key), tensors, skipped)
-    elif isinstance(value, list | tuple):
-        for number, item in enumerate(value):
-            _collect(path, item, f"{prefix}.{number}" if prefix else str(number), tensors, skipped)
-    else:
-        skipped.append(prefix or type(value).__name__)
+    def __init__(self, path: Path) -> None:
+        self.tensors: dict[str, TorchTensor] = {}
+        self.skipped: list[str] = []
+        self._path = path
+        self._left = _NAMES_BYTES
+
+    def collect(self, value: Any, prefix: str) -> None:
+        import torch
+
+        self._left -= len(prefix) + _NAME_BYTES
+        if self._left < 0:
+            raise BadInputError(f"{self._path}: more values, or longer names, than any model has")
+        if isinstance(value, torch.Tensor):
+            if prefix in self.tensors:
+                raise BadInputError(
+                    f"{self._path}: two of its tensors would both be called {prefix!r}", hint="Rename one."
+                )
+            self.tensors[prefix] = _source(self._path, prefix, value)
+        elif isinstance(value, dict):
+            for key, item in value.items():
+                self.collect(item, f"{prefix}.{key}" if prefix else str(key))
+        elif isinstance(value, list | tuple):
+            for number, item in enumerate(value):
+                self.collect(item, f"{prefix}.{number}" if prefix else str(number))
+        else:
+            self.skipped.append(prefix or type(value).__name__)
 
 
 def _source(path: Path, name: str, tensor: torch.Tensor) -> TorchTensor:

@@ -594,8 +594,34 @@ def test_results_lead_to_blocks(reader: Reader) -> None:
     for recipe, block in reader.rows["results"].items():
         assert len(recipe) == 32
         assert reader.object(block)[0].kind == BLOCK
-    assert reader.rows["meta"] == {}
+    assert set(reader.rows["meta"]) == {b"journal"}
     assert reader.rows["damaged"] == {}
+
+
+def test_the_journal_says_what_refs_and_reflog_say(reader: Reader) -> None:
+    data = (reader.root / "refs.journal").read_bytes()
+    refs: dict[bytes, dict[str, str]] = {}
+    logs: dict[bytes, list[dict[str, str]]] = {}
+    for line in data.splitlines():
+        check, text = line.split(b" ", 1)
+        assert check.decode() == blake3(text).hexdigest()[:16]
+        value = json.loads(text)
+        assert text == json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False).encode()
+        name = value["name"].encode()
+        if value["event"] in ("move", "past"):
+            fields = ("author", "new", "old", "reason", "time")
+            logs.setdefault(name, []).append({field: value[field] for field in fields})
+        if value["event"] in ("move", "now"):
+            refs.pop(name, None)
+            if value["new"] is not None:
+                refs[name] = {"commit": value["new"], "kind": value["kind"], "name": value["name"]}
+    assert refs == {name: json.loads(row) for name, row in reader.rows["refs"].items()}
+    assert {
+        name + b"\0" + number.to_bytes(8, "big"): row for name, rows in logs.items() for number, row in enumerate(rows)
+    } == {key: json.loads(row) for key, row in reader.rows["reflog"].items()}
+    state, last = json.loads(reader.rows["meta"][b"journal"]), data.splitlines(keepends=True)[-1]
+    assert (state["bytes"], state["last"], state["check"]) == (len(data), len(last), last[:16].decode())
+    assert (state["lines"], state["moves"]) == (data.count(b"\n"), len(reader.rows["reflog"]))
 
 
 def test_the_catalog_is_of_lmdb_0_9(reader: Reader) -> None:

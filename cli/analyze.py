@@ -57,7 +57,7 @@ def command(
     a coarse look at every block for about 8% of its bytes, and let a budget go further. A preview that `mp verify`
     found damaged is made anew.
     """
-    from mergepipe.store.analyze import Analysis, analyze, lacking
+    from mergepipe.store.analyze import Analysis, analyze, lacking, level_for
 
     done: list[tuple[_Model, Analysis]] = []
     with open_store(store) as opened:
@@ -65,7 +65,8 @@ def command(
         with progress_bar(quiet=json) as progress:
             for model in models:
                 pairs = lacking(opened, model.base, model.snapshot, previews=previews)
-                found = analyze(opened, pairs, progress, previews=previews) if pairs else Analysis()
+                level = level_for(opened, model.base, model.snapshot) if previews and pairs else None
+                found = analyze(opened, pairs, progress, previews=level) if pairs else Analysis()
                 done.append((model, found))
     if json:
         say_json([_as_json(model, found) for model, found in done])

@@ -10,7 +10,7 @@ from mergepipe.merge.job import Setting
 from mergepipe.merge.method import Value
 from mergepipe.merge.plan import CONFIG_KEYS, KINDS, PLAN_FORMAT, Bound, Costs, Input, Plan, TensorPlan
 from mergepipe.merge.ranges import Ranges
-from mergepipe.store.canonical import load_strict
+from mergepipe.store.canonical import brief, load_strict
 from mergepipe.store.digest import Digest
 from mergepipe.store.errors import BadInputError, NotFoundError
 
@@ -44,7 +44,7 @@ def decode_plan(data: bytes, what: str) -> Plan:
     try:
         return _plan(value)
     except (ValueError, TypeError, KeyError, OverflowError) as error:
-        raise BadInputError(f"{what}: {error}", hint="Make the plan again with `mp plan`.") from error
+        raise BadInputError(f"{what}: {brief(error)}", hint="Make the plan again with `mp plan`.") from error
 
 
 def _plan(value: Any) -> Plan:

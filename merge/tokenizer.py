@@ -86,7 +86,8 @@ def _own_ids(model: Mapping[str, Any], what: str) -> dict[str, int]:
 def _added_token(entry: Any, what: str, **defaults: bool) -> AddedToken:
     if isinstance(entry, str):
         return AddedToken(entry, **defaults)
-    content = entry.get("content") if isinstance(entry, dict) else None
+    entry = entry if isinstance(entry, dict) else {"content": entry}
+    content = entry.get("content")
     flags = {key: entry[key] for key in ("single_word", "lstrip", "rstrip", "normalized", "special") if key in entry}
     if not isinstance(content, str) or not all(type(flag) is bool for flag in flags.values()):
         raise BadInputError(f"{what}: {str(entry)[:80]!r} is not an added token")
@@ -98,7 +99,8 @@ def _named_tokens(settings: Mapping[str, Any], what: str) -> Iterable[AddedToken
     decoder = settings.get("added_tokens_decoder")
     if isinstance(decoder, dict):
         for _, entry in sorted(
-            (item for item in decoder.items() if item[0].isdecimal()), key=lambda item: int(item[0])
+            (item for item in decoder.items() if item[0].isdecimal() and len(item[0]) < 20),
+            key=lambda item: int(item[0]),
         ):
             yield _added_token(entry, what)
     extra = settings.get("extra_special_tokens") or settings.get("additional_special_tokens")

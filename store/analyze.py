@@ -6,6 +6,7 @@ import threading
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -19,7 +20,8 @@ from mergepipe.store.manifest import TensorEntry
 from mergepipe.store.norms import HISTOGRAM_BINS
 from mergepipe.store.objects import ObjectReader
 from mergepipe.store.parallel import Progress, counter, default_workers, run_bounded
-from mergepipe.store.previews import lacks_preview, preview_key, store_preview
+from mergepipe.store.preview_level import Candidate, choose_level
+from mergepipe.store.previews import lacks_preview, preview_key, preview_rows, store_preview
 from mergepipe.store.publish import Changes, publish
 from mergepipe.store.snapshot import Snapshot
 from mergepipe.store.staging import Staging
@@ -63,6 +65,7 @@ class _Work:
     store: Store
     staging: Staging | None
     reader: ObjectReader
+    level: int
     changes: Changes = field(default_factory=Changes)
     looked_into: set[bytes] = field(default_factory=set)
     previewed_bytes: int = 0
@@ -96,14 +99,12 @@ class _Work:
         self.reader.read_block(other_id, other, base=(base_id, base))
         row = block_statistics(other, base, *types, histogram)
         if self.staging is not None:
-            self._preview(self.staging, other, base, pair, index, histogram)
+            self._preview(self.staging, other, base, pair, index)
         return row.pack(), histogram
 
-    def _preview(
-        self, staging: Staging, other: Bytes, base: Bytes, pair: _Pair, index: int, histogram: NDArray[np.int64]
-    ) -> None:
+    def _preview(self, staging: Staging, other: Bytes, base: Bytes, pair: _Pair, index: int) -> None:
         base_id, other_id = pair.base.blocks[index], pair.other.blocks[index]
-        key = preview_key(base_id, other_id)
+        key = preview_key(base_id, other_id, self.level)
         with self.lock:
             if key in self.looked_into:
                 return
@@ -113,34 +114,66 @@ class _Work:
             if exact is None or not lacks_preview(self.store.layout, view, base_id, other_id):
                 return
         types = pair.other.element_type, pair.base.element_type
-        made = store_preview(staging, other, base, *types, histogram, base_id, other_id, exact.stored_bytes)
+        made = store_preview(staging, other, base, *types, base_id, other_id, exact.stored_bytes, self.level)
+        with self.store.catalog.reading() as view:
+            rows = preview_rows(view, base_id, other_id, self.level, made)
         with self.lock:
-            self.changes.previews[key] = b"" if made is None else made.pack()
+            self.changes.previews.update(rows)
             if made is not None:
                 self.previewed_bytes += other.nbytes
 
 
 def analyze(
-    store: Store, pairs: Sequence[Pair], progress: Progress | None = None, *, previews: bool = False
+    store: Store, pairs: Sequence[Pair], progress: Progress | None = None, *, previews: int | None = None
 ) -> Analysis:
-    """Measure ``other - base`` for pairs of tensors that are cut alike, and make previews where they are wanted.
+    """Measure ``other - base`` for pairs of tensors that are cut alike; with ``previews``, make those of that level.
 
     The statistics are published even where the caller then fails: they are true whatever comes of it.
     """
-    if not previews:
-        return _analyze(store, None, pairs, progress)
+    if previews is None:
+        return _analyze(store, None, pairs, progress, 0)
     with Staging(store.layout, store.catalog) as staging:
-        return _analyze(store, staging, pairs, progress)
+        return _analyze(store, staging, pairs, progress, previews)
 
 
-def _analyze(store: Store, staging: Staging | None, pairs: Sequence[Pair], progress: Progress | None) -> Analysis:
+def level_for(store: Store, base: Snapshot, other: Snapshot) -> int:
+    """The level of the previews of ``other - base``; reads a few blocks."""
+
+    def middle(mine: TensorEntry, theirs: TensorEntry) -> tuple[Bytes, Bytes] | None:
+        index = len(theirs.blocks) // 2
+        if index >= len(mine.blocks) or mine.block_span(index) != theirs.block_span(index):
+            return None
+        base_id, other_id = mine.blocks[index], theirs.blocks[index]
+        if base_id == other_id:
+            return None
+        size = theirs.block_span(index)[1]
+        old, new = scratch.bytes("base", size), scratch.bytes("incoming", size)
+        store.reader.read_block(base_id, old)
+        store.reader.read_block(other_id, new, base=(base_id, old))
+        return new, old
+
+    candidates = [
+        Candidate(name, theirs.nbytes, theirs.element_type.bits, partial(middle, mine, theirs))
+        for name, theirs in other.tensors.items()
+        if (mine := base.tensors.get(name)) is not None and _comparable(mine, theirs)
+    ]
+    return choose_level(candidates, sum(entry.nbytes for entry in other.tensors.values()))
+
+
+def _comparable(mine: TensorEntry, theirs: TensorEntry) -> bool:
+    return bool(theirs.blocks) and mine.element_type.has_statistics and theirs.element_type.has_statistics
+
+
+def _analyze(
+    store: Store, staging: Staging | None, pairs: Sequence[Pair], progress: Progress | None, level: int
+) -> Analysis:
     found = [(base, other, _places(base, other)) for base, other in pairs]
     todo = [_Pair(base, other, places, len(places)) for base, other, places in found if places]
     total = sum(pair.other.block_span(index)[1] for pair in todo for index in pair.places)
     advance = counter(progress, "analyze", total)
     expect(total, differences=True)
     reader = ObjectReader(store.layout)  # for counters of its own
-    work = _Work(store, staging, reader)
+    work = _Work(store, staging, reader, level)
 
     def one(place: tuple[_Pair, int]) -> None:
         work.place(*place)

@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import json
 import math
-from typing import Any
+from typing import Any, Final
 
 from mergepipe.store.errors import BadInputError
+
+_LONGEST_SHOWN: Final = 500
 
 
 def dump_canonical(value: Any) -> bytes:
@@ -22,6 +24,12 @@ def dump_canonical(value: Any) -> bytes:
 def as_text(value: str) -> str:
     """The text itself, or with ``?`` for what is no character: arguments and file names can have such bytes."""
     return value.encode("utf-8", "replace").decode("utf-8")
+
+
+def brief(value: object) -> str:
+    """A value in a message: as text, and not for ever. A stranger's names and numbers have any length."""
+    text = str(value)
+    return text if len(text) <= _LONGEST_SHOWN else f"{text[:_LONGEST_SHOWN]}…"
 
 
 def load_strict(data: bytes, what: str) -> Any:
@@ -37,7 +45,7 @@ def load_strict(data: bytes, what: str) -> Any:
         if len(value) != len(items):
             seen: set[str] = set()
             twice = next(key for key, _ in items if key in seen or seen.add(key))  # type: ignore[func-returns-value]
-            raise BadInputError(f"{what}: the key {twice!r} stands twice")
+            raise BadInputError(f"{what}: the key {brief(repr(twice))} stands twice")
         return value
 
     def refuse(token: str) -> Any:

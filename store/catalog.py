@@ -35,6 +35,10 @@ DATABASES: Final = (
     "objects", "deltas", "tensors", "commits", "children", "refs", "reflog", "results", "meta", "damaged",
     "previews",
 )  # fmt: skip
+_KEY_BYTES: Final = {
+    "objects": DIGEST_BYTES, "commits": DIGEST_BYTES, "damaged": DIGEST_BYTES,
+    "children": 2 * DIGEST_BYTES, "previews": 2 * DIGEST_BYTES + 1,
+}  # fmt: skip
 _LATER: Final = ("previews",)  # databases that the first stores did not have
 DATA: Final = "data.mdb"
 LOCK: Final = "lock.mdb"
@@ -251,6 +255,8 @@ class Reading:
             key, value = cursor.item()
             if not key.startswith(prefix):
                 return
+            if len(key) != _KEY_BYTES.get(database, len(key)):
+                raise DamagedError(f"the catalog has a row in {database} whose key is not one", hint=_RECOVER)
             yield key, value
             found = cursor.prev() if reverse else cursor.next()
 

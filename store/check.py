@@ -17,14 +17,15 @@ from typing import TYPE_CHECKING, Final
 
 import numpy as np
 
-from mergepipe.store.catalog import ObjectRow, Writing
+from mergepipe.store.catalog import DATA, ObjectRow, Writing
 from mergepipe.store.codecs import expect
 from mergepipe.store.commits import decode_commit
 from mergepipe.store.digest import DIGEST_BYTES, Digest
 from mergepipe.store.errors import BadInputError, DamagedError, MergePipeError, UsageError
 from mergepipe.store.frame import Encoding, Kind
+from mergepipe.store.lmdb_file import check_pages
 from mergepipe.store.parallel import Progress, counter, default_workers, run_bounded
-from mergepipe.store.previews import LEVEL, PreviewRow, read_preview, unpack_row
+from mergepipe.store.previews import PreviewRow, read_preview, unpack_row
 from mergepipe.store.refs import all_refs
 from mergepipe.store.replace import settle
 from mergepipe.store.snapshot import Snapshot
@@ -68,6 +69,7 @@ class _Previewed:
 
     base: Digest
     block: Digest
+    level: bytes
     row: PreviewRow
 
 
@@ -104,6 +106,8 @@ def verify(
         raise UsageError("only a full check of the whole store can be resumed", hint="mp verify --resume")
     findings = _Findings()
     started = time.monotonic()
+    if not fast:
+        check_pages(store.layout.catalog / DATA)  # LMDB itself would end the process
     _read_preview_rows(store, findings)
     if ref is None:
         rows = _all_rows(store)
@@ -235,7 +239,7 @@ def _read_preview_rows(store: Store, findings: _Findings) -> None:
     with store.catalog.reading() as view:
         for key, value in view.items("previews"):
             base, block = Digest(key[:DIGEST_BYTES]), Digest(key[DIGEST_BYTES : 2 * DIGEST_BYTES])
-            if key[2 * DIGEST_BYTES :] != bytes([LEVEL]) or not value:
+            if not value:
                 continue
             try:
                 row = unpack_row(value)
@@ -243,7 +247,7 @@ def _read_preview_rows(store: Store, findings: _Findings) -> None:
                 reason = f"the catalog's row of the preview of its difference to {base.short} cannot be read"
                 findings.rows[block] = ("preview", reason)
             else:
-                findings.previews.setdefault(row.id, []).append(_Previewed(base, block, row))
+                findings.previews.setdefault(row.id, []).append(_Previewed(base, block, key[2 * DIGEST_BYTES :], row))
 
 
 def _check_preview_rows(rows: Mapping[Digest, ObjectRow], findings: _Findings) -> None:
@@ -266,8 +270,8 @@ def _check_preview(store: Store, digest: Digest, row: ObjectRow, previewed: Iter
     except ValueError as error:
         raise DamagedError(f"object {digest.short} is no preview: {error}") from error
     for each in previewed:
-        found = (preview.base, preview.block, preview.residual)
-        if found != (each.base, each.block, each.row.residual):
+        found = (preview.base, preview.block, bytes([preview.level]), preview.residual)
+        if found != (each.base, each.block, each.level, each.row.residual):
             raise DamagedError(f"the preview {digest.short} is not what its row in the catalog says")
 
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any, Final, Protocol
 
-from mergepipe.store.canonical import as_text, load_strict
+from mergepipe.store.canonical import as_text, brief, load_strict
 from mergepipe.store.dtypes import DType
 from mergepipe.store.errors import BadInputError, NotFoundError
 from mergepipe.store.folder import check_utf8, walk_folder
@@ -233,7 +233,8 @@ def _check_torch_index(checkpoint: Checkpoint, index: Path) -> None:
         source = checkpoint.tensors.get(tensor)
         if source is None or source.file.name != name:
             raise BadInputError(
-                f"{index}: the index disagrees with shard {name} about tensor {tensor!r}, which the shard has not",
+                f"{index}: the index disagrees with shard {name} about tensor {brief(repr(tensor))}, "
+                "which the shard has not",
                 hint="The files are of different versions. Download them again.",
             )
 
@@ -284,10 +285,12 @@ def _indexed(found: Mapping[str, Path], index: str) -> list[str]:
     names: list[str] = []
     for tensor, name in weight_map.items():
         if not isinstance(name, str) or not is_safe_path(name):
-            raise BadInputError(f"{where}: tensor {tensor!r} is said to lie in {name!r}, outside of the folder")
+            raise BadInputError(
+                f"{where}: tensor {brief(repr(tensor))} is said to lie in {brief(repr(name))}, outside of the folder"
+            )
         if name not in found:
             raise BadInputError(
-                f"{where}: shard {name} is missing (tensor {tensor!r} should be in it)",
+                f"{where}: shard {brief(name)} is missing (tensor {brief(repr(tensor))} should be in it)",
                 hint="Download it again, whole.",
             )
         if name not in names:
@@ -304,7 +307,8 @@ def _check_index(where: str, weight_map: Mapping[str, str], headers: Mapping[str
         for tensor in sorted(listed ^ held):
             problem = "has not" if tensor in listed else "has, and the index says otherwise"
             raise BadInputError(
-                f"{where}: the index disagrees with shard {name} about tensor {tensor!r}, which the shard {problem}",
+                f"{where}: the index disagrees with shard {name} about tensor {brief(repr(tensor))}, "
+                f"which the shard {problem}",
                 hint="The files are of different versions. Download them again.",
             )
 
@@ -355,11 +359,11 @@ def _changed(path: Path) -> BadInputError:
 
 def _add_tensor(checkpoint: Checkpoint, name: str, source: TensorSource) -> None:
     if as_text(name) != name:
-        raise BadInputError(f"{source.file}: the tensor name {name!r} is not UTF-8", hint="Rename it.")
+        raise BadInputError(f"{source.file}: the tensor name {brief(repr(name))} is not UTF-8", hint="Rename it.")
     earlier = checkpoint.tensors.get(name)
     if earlier is not None:
         raise BadInputError(
-            f"tensor {name!r} is in {earlier.file} and in {source.file}",
+            f"tensor {brief(repr(name))} is in {earlier.file} and in {source.file}",
             hint="Two sets of weights lie in one folder. Ingest one of the files by itself.",
         )
     checkpoint.tensors[name] = source

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Any, Final
 
-from mergepipe.store.canonical import dump_canonical, load_strict
+from mergepipe.store.canonical import brief, dump_canonical, load_strict
 from mergepipe.store.digest import Digest, hash_record
 from mergepipe.store.errors import BadInputError
 
@@ -93,7 +93,7 @@ def decode_commit(data: bytes, what: str) -> Commit:
             measured=value["measured"],
         )
     except (ValueError, TypeError, KeyError, AttributeError) as error:
-        raise BadInputError(f"{what}: not a commit ({error})") from error
+        raise BadInputError(f"{what}: not a commit ({brief(error)})") from error
 
 
 def timestamp_now() -> str:

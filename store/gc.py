@@ -8,13 +8,14 @@ writer that is still at work relies on. A lease that cannot be judged counts as 
 *Removed* is the rest: first its rows, in one write transaction, and only if no commit and no ref came or went since the
 marking (else it is marked again); then its files, under the write lock and only where there is still no row. Rows of
 results, statistics and previews go with the blocks that they are about; the cache of results keeps nothing alive. Files
-without a row that are older than the grace period, left by a crash, go as well. A collection that dies at any point
+without a row, and unfinished ones, that are older than the grace period, left by a crash, go as well. A collection that dies at any point
 leaves such files at most, and the next one removes them.
 """
 
 from __future__ import annotations
 
 import os
+import re
 import time
 from collections.abc import Callable, Iterator
 from collections.abc import Set as AbstractSet
@@ -39,6 +40,7 @@ if TYPE_CHECKING:
 
 DEFAULT_GRACE_SECONDS: Final = 14 * 86400
 _FILES_A_LOCK: Final = 256  # writers wait while files are removed, so not for all of them
+_UNFINISHED: Final = re.compile(r"(refs\.journal|store\.json)\.\d+\.part\Z")
 _HEX: Final = frozenset("0123456789abcdef")
 
 
@@ -106,7 +108,9 @@ def collect(store: Store, *, apply: bool = False, grace_seconds: float = DEFAULT
         relied = _relied_on(store)
         if not apply:
             with store.catalog.reading() as view:
-                return _report(_dead(view, marked, relied, limit), _stray(store, limit))
+                return _report(
+                    _dead(view, marked, relied, limit), {**_stray(store, limit), **_unfinished(store, limit)}
+                )
 
         def change(view: Writing, marked: _Marked = marked, relied: set[Digest] = relied) -> _Dead | None:
             if _state(view) != marked.state:
@@ -127,7 +131,8 @@ def collect(store: Store, *, apply: bool = False, grace_seconds: float = DEFAULT
     _remove_files(store, [Path(store.layout.object_path(digest)) for digest in dead.objects])
     stray = _stray(store, limit)
     _remove_files(store, list(stray))
-    return _report(dead, stray)
+    unfinished = store.catalog.write(lambda _: _remove_unfinished(store, limit))
+    return _report(dead, {**stray, **unfinished})
 
 
 def _state_of(store: Store) -> bytes:
@@ -294,6 +299,28 @@ def _stray(store: Store, limit: int) -> dict[Path, int]:
                     status = entry.stat(follow_symlinks=False)
                     if status.st_mtime < limit:
                         found[Path(entry.path)] = status.st_size
+    return found
+
+
+def _unfinished(store: Store, limit: int) -> dict[Path, int]:
+    """What a process left that was killed while it wrote the journal or the settings, with sizes."""
+    found: dict[Path, int] = {}
+    for entry in os.scandir(store.layout.root):
+        if _UNFINISHED.match(entry.name) and entry.is_file(follow_symlinks=False):
+            status = entry.stat(follow_symlinks=False)
+            if status.st_mtime < limit:
+                found[Path(entry.path)] = status.st_size
+    return found
+
+
+def _remove_unfinished(store: Store, limit: int) -> dict[Path, int]:
+    """The same, removed: under the write lock nobody is writing them now."""
+    found = _unfinished(store, limit)
+    try:
+        for path in found:
+            path.unlink(missing_ok=True)
+    except OSError as error:
+        raise explain_os_error(error, "removing unfinished files") from error
     return found
 
 

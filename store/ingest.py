@@ -21,7 +21,7 @@ from mergepipe.store.commits import Commit, Parent, default_author, timestamp_no
 from mergepipe.store.digest import Digest, hash_bytes
 from mergepipe.store.errors import BadInputError, ConflictError, UsageError
 from mergepipe.store.frame import Kind
-from mergepipe.store.ingest_blocks import BlockPipeline, TensorWork, plan_tensor
+from mergepipe.store.ingest_blocks import BlockPipeline, TensorWork, plan_tensor, preview_level
 from mergepipe.store.manifest import FileEntry, Shard, build_tree
 from mergepipe.store.parallel import Progress, counter, default_workers
 from mergepipe.store.publish import Changes, RefUpdate, publish
@@ -214,6 +214,10 @@ def _read_everything(
     for arrival in arrivals:
         for work in arrival.works:
             groups.setdefault(work.name, []).append(work)
+    for arrival in arrivals if previews else ():
+        level = preview_level(arrival.works, store.reader)
+        for work in arrival.works:
+            work.preview_level = level
     pipeline.run(group for group in groups.values() if any(work.blocks for work in group))
     for arrival in arrivals:
         _store_files(arrival, staging, store.layout.block_bytes, pipeline)

@@ -6,10 +6,12 @@ and serves them all. Threads share the work by block; what they share is guarded
 
 from __future__ import annotations
 
+import math
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TypeVar
 
 import numpy as np
@@ -24,9 +26,10 @@ from mergepipe.store.digest import Digest, hash_bytes
 from mergepipe.store.frame import Kind
 from mergepipe.store.manifest import TensorEntry
 from mergepipe.store.norms import HISTOGRAM_BINS
-from mergepipe.store.objects import ObjectReader
+from mergepipe.store.objects import ObjectReader, Role
 from mergepipe.store.parallel import run_bounded
-from mergepipe.store.previews import lacks_preview, preview_key, store_preview
+from mergepipe.store.preview_level import Candidate, choose_level
+from mergepipe.store.previews import COARSE, lacks_preview, preview_key, preview_rows, store_preview
 from mergepipe.store.staging import Staging
 from mergepipe.store.statistics import DeltaStatistics, block_statistics, pack_histogram
 
@@ -48,12 +51,17 @@ class TensorWork:
     uncounted: list[int] = field(default_factory=list)
     reused: int = 0
     written_bytes: int = 0
+    preview_level: int = COARSE
     previews: int = 0
     preview_bytes: int = 0
 
     def span(self, index: int) -> tuple[int, int]:
         start, count = block_elements(self.source.shape, self.chunks, index)
         return self.source.dtype.nbytes(start), self.source.dtype.nbytes(count)
+
+    @property
+    def nbytes(self) -> int:
+        return self.source.dtype.nbytes(math.prod(self.source.shape))
 
     def base_block(self, index: int) -> tuple[Digest, int] | None:
         """Id and size in bytes of the base's block that holds the same elements."""
@@ -138,7 +146,7 @@ class BlockPipeline:
             new = self.staging.claim(digest)
             comparable = at_base is not None and _comparable(work)
             unmeasured = comparable and at_base is not None and not self._has_statistics(at_base[0], digest)
-            unseen = comparable and at_base is not None and self._wants_preview(at_base[0], digest)
+            unseen = comparable and at_base is not None and self._wants_preview(work, at_base[0], digest)
             if at_base is not None and (unmeasured or unseen or (new and at_base[1] == size)):
                 base.load(*at_base)
             if new:
@@ -149,8 +157,6 @@ class BlockPipeline:
                 self._measure(work, digest, data, base.own, at_base[0])
                 measured = True
             if unseen and at_base is not None:
-                if not measured:
-                    self._histogram(work, data, base.own)
                 self._preview(work, index, digest, data, base)
         elif self.staging.claim(digest):  # the base's own object was lost: write it anew
             written = self.staging.add_block(Kind.BLOCK, digest, data, work.source.dtype.plane_bytes).stored_bytes
@@ -186,11 +192,11 @@ class BlockPipeline:
             self.deltas[base_id + digest] = row.pack()
             _add_histogram(work, scratch.bytes("histogram", HISTOGRAM_BINS * 8).view(np.int64))
 
-    def _wants_preview(self, base: Digest, digest: Digest) -> bool:
+    def _wants_preview(self, work: TensorWork, base: Digest, digest: Digest) -> bool:
         """Whether this block's preview is to be made, and nobody has begun to."""
         if not self.with_previews:
             return False
-        key = preview_key(base, digest)
+        key = preview_key(base, digest, work.preview_level)
         with self._lock:
             if key in self._looked_into:
                 return False
@@ -199,7 +205,7 @@ class BlockPipeline:
             return lacks_preview(self.staging.layout, view, base, digest)
 
     def _preview(self, work: TensorWork, index: int, digest: Digest, data: Bytes, base: BaseBlock) -> None:
-        """Make the preview of a block whose histogram is in this thread's scratch."""
+        """Make the preview of a block."""
         assert work.base is not None
         exact = self.staging.row_of(digest)
         if exact is None:  # another thread, at another place with these bytes, is writing it
@@ -207,10 +213,12 @@ class BlockPipeline:
                 self._put_off.append((work, index))
             return
         types = work.source.dtype, work.base.element_type
-        histogram = scratch.bytes("histogram", HISTOGRAM_BINS * 8).view(np.int64)
-        found = store_preview(self.staging, data, base.own, *types, histogram, base.id, digest, exact.stored_bytes)
+        level = work.preview_level
+        found = store_preview(self.staging, data, base.own, *types, base.id, digest, exact.stored_bytes, level)
+        with self.catalog.reading() as view:
+            rows = preview_rows(view, base.id, digest, level, found)
         with self._lock:
-            self.previews[preview_key(base.id, digest)] = b"" if found is None else found.pack()
+            self.previews.update(rows)
             if found is not None:
                 work.previews += 1
                 if found.id in self.staging.rows:  # else its object was there
@@ -271,6 +279,31 @@ class BlockPipeline:
         histogram = scratch.bytes("histogram", HISTOGRAM_BINS * 8).view(np.int64)
         histogram.fill(0)
         return block_statistics(data, base, work.source.dtype, work.base.element_type, histogram)
+
+
+def preview_level(works: Sequence[TensorWork], reader: ObjectReader) -> int:
+    """The level of the previews of a model that is on its way in; reads a few blocks, which are read again soon."""
+
+    def middle(work: TensorWork) -> tuple[Bytes, Bytes] | None:
+        index = len(work.blocks) // 2
+        at_base = work.base_block(index)
+        offset, size = work.span(index)
+        if at_base is None or at_base[1] != size:
+            return None
+        new = scratch.bytes("incoming", size)
+        work.source.read_into(offset, new)
+        if hash_bytes(new.data) == at_base[0]:
+            return None
+        old = scratch.bytes("base", size)
+        reader.read_block(at_base[0], old, Role.BASE)
+        return new, old
+
+    candidates = [
+        Candidate(work.name, work.nbytes, work.source.dtype.bits, partial(middle, work))
+        for work in works
+        if work.blocks and _comparable(work)
+    ]
+    return choose_level(candidates, sum(work.nbytes for work in works))
 
 
 def _comparable(work: TensorWork) -> bool:

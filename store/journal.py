@@ -141,11 +141,7 @@ def describe(view: Writing) -> bytes:
 
 def replace_journal(path: Path, data: bytes) -> None:
     """Let the journal be this, durably, or leave it as it was; raises OSError."""
-    try:
-        write_durably(path, data)
-    except OSError:
-        path.with_name(f"{path.name}.{os.getpid()}.part").unlink(missing_ok=True)
-        raise
+    write_durably(path, data)
 
 
 def moved_alone(catalog: Mapping[str, Mapping[bytes, bytes]]) -> bool:

@@ -27,6 +27,7 @@ from mergepipe.store.filesystem import explain_os_error, flush_directory, refuse
 STORE_DIRECTORY: Final = ".mp"
 FORMAT_VERSION: Final = 1
 _SETTINGS: Final = "store.json"
+_CATALOG: Final = "catalog"
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,7 +57,14 @@ class Layout:
 
 
 def create_layout(root: Path, *, block_bytes: int = DEFAULT_BLOCK_BYTES, catalog: Path | None = None) -> Layout:
-    """Make a new store's directory; ``catalog`` puts the catalog outside of it (on a local disk).
+    """:func:`prepare_layout`, and :func:`declare_layout`."""
+    layout = prepare_layout(root, block_bytes=block_bytes, catalog=catalog)
+    declare_layout(layout)
+    return layout
+
+
+def prepare_layout(root: Path, *, block_bytes: int = DEFAULT_BLOCK_BYTES, catalog: Path | None = None) -> Layout:
+    """Make a new store's folders; ``catalog`` puts the catalog outside of it (on a local disk). It is no store yet.
 
     Raises:
         ConflictError: there is a store already.
@@ -71,7 +79,7 @@ def create_layout(root: Path, *, block_bytes: int = DEFAULT_BLOCK_BYTES, catalog
     root = root.absolute()
     if (root / _SETTINGS).exists():
         raise ConflictError(f"there is a store in {root} already", hint="Use it, or choose another folder.")
-    where = catalog.absolute() if catalog else root / "catalog"
+    where = catalog.absolute() if catalog else root / _CATALOG
     existing = next(path for path in (where, *where.parents) if path.exists())
     refuse_network_filesystem(existing)
     for fan in range(256):
@@ -79,15 +87,20 @@ def create_layout(root: Path, *, block_bytes: int = DEFAULT_BLOCK_BYTES, catalog
     (root / "tmp").mkdir(exist_ok=True)
     where.mkdir(parents=True, exist_ok=True)
     flush_directory(root / "objects")
+    return Layout(root, block_bytes, where)
+
+
+def declare_layout(layout: Layout) -> None:
+    """Write down the settings, once all else is there: from that moment on the directory is a store."""
+    flush_directory(layout.catalog)
+    inside = layout.catalog == layout.root / _CATALOG
     settings = {
         "format": FORMAT_VERSION,
-        "block_bytes": block_bytes,
-        "catalog": str(where) if catalog else "catalog",
+        "block_bytes": layout.block_bytes,
+        "catalog": _CATALOG if inside else str(layout.catalog),
     }
-    # Written last: a directory is a store from the moment that its settings are there.
-    write_durably(root / _SETTINGS, (json.dumps(settings, indent=1) + "\n").encode())
-    flush_directory(root.parent)
-    return Layout(root, block_bytes, where)
+    write_durably(layout.root / _SETTINGS, (json.dumps(settings, indent=1) + "\n").encode())
+    flush_directory(layout.root.parent)
 
 
 def is_layout(root: Path) -> bool:
@@ -114,6 +127,8 @@ def read_layout(root: Path) -> Layout:
     root = root.absolute()  # a reader must not depend on the working directory
     path = root / _SETTINGS
     try:
+        if path.exists() and not path.is_file():  # nobody may write into a pipe
+            raise BadInputError(f"{path}: not a store's settings")
         data = path.read_bytes()
     except (FileNotFoundError, NotADirectoryError):
         raise NotFoundError(f"there is no store in {root}", hint="Make one with `mp init`.") from None

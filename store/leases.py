@@ -3,6 +3,9 @@
 A lease names the process, its host, and the boot and process namespace that its number is valid in. A folder is only
 taken for abandoned where all of these are this process's own and no such process runs any more: a process number means
 nothing on another machine or in another container. Folders that cannot be judged are left alone.
+
+So a folder has its name only while its lease is in it. It is made, and removed, under a name that begins with a dot: a
+process that is killed then leaves what nobody takes for a writer at work, and what anybody may remove after a minute.
 """
 
 from __future__ import annotations
@@ -14,7 +17,7 @@ import shutil
 import socket
 import time
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -24,6 +27,7 @@ from mergepipe.store.digest import DIGEST_BYTES, Digest
 _NAME: Final = "lease.json"
 _PINS: Final = "pins"
 _RELIED_ON: Final = "relied-on"
+_PATIENCE_SECONDS: Final = 60.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,6 +40,46 @@ class Lease:
     def relied_on(self) -> set[Digest]:
         """Objects that were in the store when the owner wanted to write them, and that it counts on."""
         return set(_ids(self.folder / _RELIED_ON))
+
+
+def make_folder(temporary: Path) -> Path:
+    """Make a folder of this process's, with its lease in it; raises OSError."""
+    folder = temporary / f"{int(time.time())}-{os.getpid()}-{secrets.token_hex(4)}"
+    making = _nameless(folder)
+    try:
+        making.mkdir(parents=True)
+        write_lease(making)
+        making.rename(folder)
+    except OSError:
+        shutil.rmtree(making, ignore_errors=True)
+        raise
+    return folder
+
+
+def remove_folder(folder: Path) -> None:
+    """Take a folder of work away, with its lease; never fails."""
+    going = _nameless(folder)
+    with suppress(OSError):
+        folder.rename(going)
+    for path in (folder, going):
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def _nameless(folder: Path) -> Path:
+    """Where a folder is made or removed."""
+    return folder if _is_nameless(folder) else folder.with_name(f".{folder.name}")
+
+
+def _is_nameless(folder: Path) -> bool:
+    return folder.name.startswith(".")
+
+
+def _is_old(folder: Path) -> bool:
+    """Whether nothing changed in it for so long that nobody is making or removing it any more."""
+    try:
+        return folder.lstat().st_mtime < time.time() - _PATIENCE_SECONDS
+    except OSError:
+        return False
 
 
 def write_lease(folder: Path) -> None:
@@ -71,19 +115,19 @@ class ReliedOn:
 @contextmanager
 def reading(temporary: Path, commits: Iterable[Digest]) -> Iterator[None]:
     """A lease for a reader. Where nothing can be written there, nothing can be collected either."""
-    folder = temporary / f"{int(time.time())}-{os.getpid()}-{secrets.token_hex(4)}"
+    folder = None
     try:
-        folder.mkdir()
-        write_lease(folder)
+        folder = make_folder(temporary)
         pin(folder, commits)
     except OSError:
-        shutil.rmtree(folder, ignore_errors=True)
+        if folder is not None:
+            remove_folder(folder)
         yield
         return
     try:
         yield
     finally:
-        shutil.rmtree(folder, ignore_errors=True)
+        remove_folder(folder)
 
 
 def living_leases(temporary: Path) -> list[Lease]:
@@ -98,7 +142,7 @@ def living_leases(temporary: Path) -> list[Lease]:
 def _ids(path: Path) -> Iterator[Digest]:
     """Ids one after the other; a last one that is not whole is still being written."""
     try:
-        data = path.read_bytes()
+        data = path.read_bytes() if path.is_file() else b""
     except OSError:
         return
     for start in range(0, len(data) - DIGEST_BYTES + 1, DIGEST_BYTES):
@@ -106,13 +150,20 @@ def _ids(path: Path) -> Iterator[Digest]:
 
 
 def is_abandoned(folder: Path) -> bool:
-    """Whether the folder's writer certainly runs no more."""
+    """Whether nobody works in the folder: its writer certainly runs no more, or has not begun."""
+    return _is_nameless(folder) or _is_dead(folder)
+
+
+def _is_dead(folder: Path) -> bool:
+    """Whether the folder has a lease, and the process that it names is certainly gone."""
+    if not (folder / _NAME).is_file():  # in a stranger's store it may be a pipe, which nobody writes into
+        return False
     try:
         lease = json.loads((folder / _NAME).read_text(encoding="utf-8"))
         pid = int(lease["pid"])
         if any(lease.get(name) != value for name, value in _surroundings().items()):
             return False
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError):
         return False
     return not _runs(pid)
 
@@ -125,8 +176,8 @@ def remove_abandoned(temporary: Path) -> int:
     except OSError:
         return 0
     for folder in folders:
-        if is_abandoned(folder):
-            shutil.rmtree(folder, ignore_errors=True)
+        if _is_dead(folder) or (_is_nameless(folder) and _is_old(folder)):
+            remove_folder(folder)
             removed += 1
     return removed
 
@@ -154,6 +205,6 @@ def _runs(pid: int) -> bool:
         os.kill(pid, 0)
     except ProcessLookupError:
         return False
-    except OSError:
+    except (OSError, OverflowError):
         return True
     return True

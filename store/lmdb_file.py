@@ -68,6 +68,16 @@ def why_unsafe(path: Path) -> str:
     return ""
 
 
+def check_pages(path: Path) -> None:
+    """Look at every page; raises DamagedError where LMDB could end the process. Takes a second for some 100 MB.
+
+    Raises:
+        DamagedError: some of it cannot be read.
+        OSError: the system refuses.
+    """
+    _undisturbed(path, _File.check)
+
+
 def read_databases(path: Path) -> dict[str, Rows]:
     """All rows of all named databases, in memory.
 
@@ -124,6 +134,12 @@ class _File:
         for root in roots:
             if root != _NOWHERE:
                 self._offsets(self._page(root, 0)[0])
+
+    def check(self) -> None:
+        """Reads all; raises _BrokenError."""
+        for root in [self.meta.free_root, *(root for _, root in list(self.names()))]:
+            for _ in self.tree(root):
+                pass
 
     def everything(self) -> dict[str, Rows]:
         """All rows of all named databases; raises _BrokenError."""

@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
-from mergepipe.store.canonical import dump_canonical, load_strict
+from mergepipe.store.canonical import brief, dump_canonical, load_strict
 from mergepipe.store.chunking import MAXIMUM_BLOCK_BYTES, block_count, block_elements, is_contiguous
 from mergepipe.store.digest import Digest, hash_record
 from mergepipe.store.dtypes import DTYPES, DType
@@ -29,7 +29,7 @@ MAXIMUM_DIMENSIONS = 64
 MAXIMUM_DEPTH = 64  # of the tree; what is deeper in a tensor's name stays in its leaf
 # Nodes may be shared: 64 that share their children would list 2^64 tensors. So many may be listed, and so many more for
 # each name that was read.
-_ROOM = 1 << 20
+_ROOM = 1 << 18
 _SHARED = 64
 
 
@@ -187,7 +187,7 @@ def walk_tensors(
 def check_depth(path: tuple[str, ...]) -> None:
     """Raises BadInputError for a place that is deeper than any in a tree that :func:`build_tree` made."""
     if len(path) > MAXIMUM_DEPTH:
-        raise BadInputError(f"the manifest tree below {path[0]!r} is deeper than any that mp makes")
+        raise BadInputError(f"the manifest tree below {brief(path[0])!r} is deeper than any that mp makes")
 
 
 class SharedNodes:
@@ -227,7 +227,7 @@ def decode_node(data: bytes, what: str) -> Node:
             tuple(Shard(_text(s["path"]), decode_file(s["header"])) for s in value.get("shards", [])),
         )
     except (ValueError, TypeError, KeyError, AttributeError) as error:
-        raise BadInputError(f"{what}: not a manifest node ({error})") from error
+        raise BadInputError(f"{what}: not a manifest node ({brief(error)})") from error
 
 
 def decode_tensor(value: Any) -> TensorEntry:

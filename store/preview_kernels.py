@@ -18,52 +18,77 @@ from mergepipe.store.kernels import compiled, inlined
 SEGMENT: Final = 1024
 _QUARTER: Final = 256
 _LANES: Final = 64
+_FAR: Final = np.uint32(8 << 23)
+_RESOLUTION: Final = np.uint32(1 << 16)
+
+
+@inlined
+def _reach(sizes: NDArray[np.uint32], least: np.uint32) -> int:
+    """How many of a segment's magnitudes are at least this large; all as float32 patterns."""
+    count = np.uint32(0)
+    for j in range(SEGMENT):
+        count = np.uint32(count + np.uint32(sizes[j] >= least))
+    return count
+
+
+@inlined
+def _least(sizes: NDArray[np.uint32], most: int) -> np.uint32:
+    """The smallest magnitude to keep, so that at most ``most`` are; found by halving, to the resolution of bfloat16.
+
+    Where many share one magnitude this may be far fewer; where it would be less than half as many, more are kept.
+    """
+    top = np.uint32(0)
+    for j in range(SEGMENT):
+        top = max(top, sizes[j])
+    low, high, few = np.uint32(1), np.uint32(top + np.uint32(1)), 0
+    if _reach(sizes, low) <= most:
+        return low
+    if high > _FAR:  # most of what counts is within some octaves of the largest
+        start = np.uint32(high - _FAR)
+        count = _reach(sizes, start)
+        if count <= most:
+            high, few = start, count
+        else:
+            low = start
+    while high - low > _RESOLUTION:
+        middle = np.uint32(low + ((high - low) >> np.uint32(1)))
+        count = _reach(sizes, middle)
+        if count <= most:
+            high, few = middle, count
+        else:
+            low = middle
+    return low if 2 * few < most else high
 
 
 @inlined
 def _segment(
     delta: NDArray[np.float32],
-    width: int,
-    least: np.uint32,
+    most: int,
+    sizes: NDArray[np.uint32],
     lanes: NDArray[np.float32],
     marks: NDArray[np.uint8],
     codes: NDArray[np.uint8],
     sums: NDArray[np.float64],
 ) -> None:
-    """Codes of one segment; count, sum and squares of what they keep, and squares of all, into ``sums`` (4)."""
+    """Codes of one segment, zeros at its end; how many it keeps, the sum of those, and the squares of all (3)."""
+    for j in range(SEGMENT):
+        sizes[j] = np.uint32(np.float32(delta[j]).view(np.uint32) & np.uint32(0x7FFFFFFF))
+    least = _least(sizes, most)
     for j in range(_LANES):
-        lanes[0, j] = lanes[1, j] = lanes[2, j] = lanes[3, j] = np.float32(0)
-    rows = width // _LANES
-    for row in range(rows):
+        lanes[0, j] = lanes[1, j] = lanes[2, j] = np.float32(0)
+    for row in range(SEGMENT // _LANES):
         part = delta[row * _LANES : row * _LANES + _LANES]
+        mine = sizes[row * _LANES : row * _LANES + _LANES]
         out = marks[row * _LANES : row * _LANES + _LANES]
         for j in range(_LANES):
-            bits = np.float32(part[j]).view(np.uint32)
-            size = np.uint32(bits & np.uint32(0x7FFFFFFF))
-            kept = size >= least
-            m = size.view(np.float32)
-            k = m if kept else np.float32(0)
+            kept = mine[j] >= least
+            m = np.uint32(mine[j]).view(np.float32)
             lanes[0, j] += np.float32(1) if kept else np.float32(0)
-            lanes[1, j] += k
-            lanes[2, j] += k * k
-            lanes[3, j] += m * m
-            sign = np.uint8(bits >> np.uint32(31))
+            lanes[1, j] += m if kept else np.float32(0)
+            lanes[2, j] += m * m
+            sign = np.uint8(np.float32(part[j]).view(np.uint32) >> np.uint32(31))
             out[j] = np.uint8(sign + np.uint8(1)) if kept else np.uint8(0)
-    for j in range(rows * _LANES, width):
-        bits = np.float32(delta[j]).view(np.uint32)
-        size = np.uint32(bits & np.uint32(0x7FFFFFFF))
-        kept = size >= least
-        m = size.view(np.float32)
-        k = m if kept else np.float32(0)
-        lane = j - rows * _LANES
-        lanes[0, lane] += np.float32(1) if kept else np.float32(0)
-        lanes[1, lane] += k
-        lanes[2, lane] += k * k
-        lanes[3, lane] += m * m
-        marks[j] = np.uint8(np.uint8(bits >> np.uint32(31)) + np.uint8(1)) if kept else np.uint8(0)
-    for j in range(width, SEGMENT):
-        marks[j] = np.uint8(0)
-    for i in range(4):
+    for i in range(3):
         total = 0.0
         for j in range(_LANES):
             total += lanes[i, j]
@@ -79,12 +104,13 @@ def _segment(
 def codes_of_bfloat16(
     new: NDArray[np.uint16],
     old: NDArray[np.uint16],
-    least: np.uint32,
+    share: float,
     codes: NDArray[np.uint8],
     sums: NDArray[np.float64],
 ) -> None:
     """:func:`codes_of_float32` of ``new - old``, both bfloat16 bit patterns."""
-    lanes = np.empty((4, _LANES), np.float32)
+    sizes = np.empty(SEGMENT, np.uint32)
+    lanes = np.empty((3, _LANES), np.float32)
     marks = np.empty(SEGMENT, np.uint8)
     delta = np.empty(SEGMENT, np.float32)
     for segment in range(sums.shape[0]):
@@ -94,32 +120,31 @@ def codes_of_bfloat16(
         for j in range(width):
             a = np.uint32(np.uint32(ours[j]) << np.uint32(16)).view(np.float32)
             delta[j] = a - np.uint32(np.uint32(theirs[j]) << np.uint32(16)).view(np.float32)
-        _segment(delta, width, least, lanes, marks, codes[segment * _QUARTER : (segment + 1) * _QUARTER], sums[segment])
+        delta[width:] = np.float32(0)
+        out = codes[segment * _QUARTER : (segment + 1) * _QUARTER]
+        _segment(delta, int(share * width), sizes, lanes, marks, out, sums[segment])
 
 
 @compiled
 def codes_of_float32(
-    delta: NDArray[np.float32], least: np.uint32, codes: NDArray[np.uint8], sums: NDArray[np.float64]
+    values: NDArray[np.float32], share: float, codes: NDArray[np.uint8], sums: NDArray[np.float64]
 ) -> None:
-    """Codes of all segments: what is at least ``least`` (a float32's pattern) keeps its sign, the rest is zero.
+    """Codes of all segments: of each the largest magnitudes, at most a share, keep their sign, and the rest is zero.
 
-    ``codes`` is (S * 256,). ``sums`` (S, 4) gets of each segment how many are kept, the sum and the squares of their
-    magnitudes, and the squares of all.
+    ``codes`` is (S * 256,). ``sums`` (S, 3) gets of each segment how many are kept, the sum of their magnitudes, and
+    the squares of all.
     """
-    lanes = np.empty((4, _LANES), np.float32)
+    sizes = np.empty(SEGMENT, np.uint32)
+    lanes = np.empty((3, _LANES), np.float32)
     marks = np.empty(SEGMENT, np.uint8)
+    delta = np.empty(SEGMENT, np.float32)
     for segment in range(sums.shape[0]):
         start = segment * SEGMENT
-        width = min(SEGMENT, delta.size - start)
-        _segment(
-            delta[start : start + width],
-            width,
-            least,
-            lanes,
-            marks,
-            codes[segment * _QUARTER : (segment + 1) * _QUARTER],
-            sums[segment],
-        )
+        width = min(SEGMENT, values.size - start)
+        delta[:width] = values[start : start + width]
+        delta[width:] = np.float32(0)
+        out = codes[segment * _QUARTER : (segment + 1) * _QUARTER]
+        _segment(delta, int(share * width), sizes, lanes, marks, out, sums[segment])
 
 
 @inlined

@@ -1,9 +1,10 @@
 """Previews: a coarse look at every delta, for a few of its bytes.
 
-A *preview* stands for the delta of one block against its base block. It keeps the signs of the largest magnitudes, at
-most ``SHARE`` of them, and one scale for each segment of 1024 elements: the mean of the magnitudes that it keeps there,
-which is the least-squares choice. That is a ternary quantiser whose threshold is set by its rate: a share of 0.33 takes
-1.25 bits an element at most, before zstd's entropy coder finds the rest. What it leaves out has an exact norm, which a
+A *preview* stands for the delta of one block against its base block. Of each segment of 1024 elements it keeps the
+signs of the largest magnitudes, at most a share of them, and one scale: the mean of the magnitudes that it keeps, which
+is the least-squares choice. That is a ternary quantiser whose threshold is set by its rate: a share of 0.33 takes 1.25
+bits an element at most, one of 0.6 takes 1.57. The first is the coarse level, the second the fine one; a model has
+all its previews at one of them (:mod:`mergepipe.store.preview_level`). What it leaves out has an exact norm, which a
 plan's certificate counts in place of the whole delta's. ``docs/adr/0015-previews.md`` has what was measured.
 
 Previews are derived: they can be dropped and made again, bit for bit, and no lossless object changes. Each is an object
@@ -30,8 +31,9 @@ from mergepipe.store.layout import Layout
 from mergepipe.store.staging import Staging, is_intact
 
 VERSION: Final = 1
-LEVEL: Final = 1
-SHARE: Final = 0.33
+COARSE: Final = 1
+FINE: Final = 2
+SHARES: Final = {COARSE: 0.33, FINE: 0.6}  # of the elements, at most, that keep a sign
 SEGMENT: Final = 1024
 LEAST_ELEMENTS: Final = 4 * SEGMENT
 WORTH_IT: Final = 0.7  # of the exact block's stored bytes: a preview that takes more is not kept
@@ -58,8 +60,12 @@ class PreviewRow:
 
 @dataclass(frozen=True, slots=True)
 class Preview:
-    """A decoded preview. ``scales`` is (S,) float32, ``codes`` (S * 256,) uint8, for S segments."""
+    """A decoded preview. ``level``: :data:`COARSE` or :data:`FINE`.
 
+    ``scales`` is (S,) float32, ``codes`` (S * 256,) uint8, for S segments.
+    """
+
+    level: int
     base: Digest
     block: Digest
     elements: int
@@ -74,25 +80,37 @@ class Preview:
         preview_kernels.deltas_of_codes(self.codes, self.scales, start, out)
 
 
-def preview_key(base: Digest, block: Digest) -> bytes:
+def preview_key(base: Digest, block: Digest, level: int) -> bytes:
     """The catalog's key in ``previews``."""
-    return base + block + bytes([LEVEL])
+    return base + block + bytes([level])
 
 
 def find_preview(view: Reading, base: Digest, block: Digest) -> PreviewRow | None:
     """The row of the preview of ``block - base``, None where there is none; raises DamagedError if it is unreadable.
 
-    An empty row says that a preview was looked into, and would gain nothing.
+    Where models that share blocks have different levels there may be two: the fine one counts. An empty row says that
+    a preview was looked into, and would gain nothing.
     """
-    row = view.get("previews", preview_key(base, block))
+    row = view.get("previews", preview_key(base, block, FINE)) or view.get("previews", preview_key(base, block, COARSE))
     return unpack_row(row) if row else None
+
+
+def preview_rows(view: Reading, base: Digest, block: Digest, level: int, row: PreviewRow | None) -> dict[bytes, bytes]:
+    """The catalog's rows for a preview that was just made, or looked into; one of another level does not count now."""
+    found = {preview_key(base, block, level): b"" if row is None else row.pack()}
+    for other in SHARES:
+        key = preview_key(base, block, other)
+        if other != level and view.get("previews", key):
+            found[key] = b""
+    return found
 
 
 def lacks_preview(layout: Layout, view: Reading, base: Digest, block: Digest) -> bool:
     """Whether the preview of ``block - base`` is to be made: nobody looked into it, or its object is not well."""
-    data = view.get("previews", preview_key(base, block))
+    rows = [view.get("previews", preview_key(base, block, level)) for level in (FINE, COARSE)]
+    data = rows[0] or rows[1]
     if not data:
-        return data is None
+        return rows == [None, None]
     try:
         row = unpack_row(data)
     except DamagedError:
@@ -125,33 +143,32 @@ def make_preview(
     old: Bytes,
     new_type: DType,
     old_type: DType,
-    histogram: NDArray[np.int64],
     base: Digest,
     block: Digest,
+    level: int,
 ) -> tuple[Bytes, float] | None:
     """The content of the preview of ``new - old`` in this thread's scratch, and the L2 norm of what it leaves out.
 
-    ``histogram``: of this block's magnitudes (:mod:`mergepipe.store.statistics`). None where there is nothing to gain:
-    a small block, a delta that is zero, one that is not finite, or one whose squares float32 cannot hold.
+    None where there is nothing to gain: a small block, a delta that is zero, one that is not finite, or one whose
+    squares float32 cannot hold.
     """
     from mergepipe.store import preview_kernels
     from mergepipe.store.statistics import float32_delta
 
     elements = new.nbytes * 8 // new_type.bits
-    least = _threshold(histogram, elements)
-    if elements < LEAST_ELEMENTS or least is None:
+    if elements < LEAST_ELEMENTS:
         return None
     content = scratch.bytes("preview", content_size(elements))
     segments = -(-elements // SEGMENT)
     codes = content[_HEAD.size : -2 * segments]
-    sums = scratch.bytes("preview sums", segments * 32).view(np.float64).reshape(segments, 4)
+    sums = scratch.bytes("preview sums", segments * 24).view(np.float64).reshape(segments, 3)
     if new_type.name == old_type.name == "BF16":
-        preview_kernels.codes_of_bfloat16(new.view("<u2"), old.view("<u2"), least, codes, sums)
+        preview_kernels.codes_of_bfloat16(new.view("<u2"), old.view("<u2"), SHARES[level], codes, sums)
     else:
         with np.errstate(all="ignore"):
             delta = float32_delta(new, old, new_type, old_type, elements)
-        preview_kernels.codes_of_float32(delta, least, codes, sums)
-    kept, total, squares = sums[:, 0], sums[:, 1], sums[:, 3]
+        preview_kernels.codes_of_float32(delta, SHARES[level], codes, sums)
+    kept, total, squares = sums[:, 0], sums[:, 1], sums[:, 2]
     if not np.isfinite(squares).all() or math.fsum(squares) < _LEAST_SQUARE * elements:
         return None
     unit = np.float32(total.sum() / max(kept.sum(), 1.0))
@@ -164,7 +181,7 @@ def make_preview(
         return None
     left = squares - 2 * scales * total + kept * scales * scales
     residual = math.sqrt(max(math.fsum(left) + _SLACK * math.fsum(squares), 0.0))
-    head = _HEAD.pack(VERSION, LEVEL, 0, SEGMENT, elements, residual, base, block, unit, 0)
+    head = _HEAD.pack(VERSION, level, 0, SEGMENT, elements, residual, base, block, unit, 0)
     content[: _HEAD.size] = np.frombuffer(head, np.uint8)
     # After the codes: zstd's blocks have 128 KiB each, and only the last one is mixed with ratios.
     content[-2 * segments :] = ratios.view(np.uint8)
@@ -177,13 +194,13 @@ def store_preview(
     old: Bytes,
     new_type: DType,
     old_type: DType,
-    histogram: NDArray[np.int64],
     base: Digest,
     block: Digest,
     exact_bytes: int,
+    level: int,
 ) -> PreviewRow | None:
     """Make a preview, and stage it where it takes clearly less than the block's own ``exact_bytes`` on disk."""
-    made = make_preview(new, old, new_type, old_type, histogram, base, block)
+    made = make_preview(new, old, new_type, old_type, base, block, level)
     if made is None:
         return None
     content, residual = made
@@ -197,24 +214,6 @@ def store_preview(
     return PreviewRow(digest, row.stored_bytes, residual)
 
 
-def _threshold(histogram: NDArray[np.int64], elements: int) -> np.uint32 | None:
-    """The float32 pattern of the smallest magnitude that is kept: the lowest bin that at most ``SHARE`` reach.
-
-    None where nothing differs, or where something is not finite.
-    """
-    if histogram[0x7F80:].any():
-        return None
-    reach = np.cumsum(histogram[:0:-1])  # reach[i]: elements of the highest i + 1 bins; bin 0 is zero, or nearly
-    if not reach[-1]:
-        return None
-    bins = int(np.searchsorted(reach, SHARE * elements, side="right"))
-    kept = reach[bins - 1] if bins else 0
-    if kept < SHARE / 2 * elements and kept < reach[-1]:
-        # Where many share one magnitude, the share may be hard to hit from below: then more is kept.
-        bins = int(np.searchsorted(reach, kept, side="right")) + 1
-    return np.uint32((len(histogram) - bins) << 16)
-
-
 def read_preview(content: Bytes) -> Preview:
     """Take a preview's content apart; raises ValueError that says what is wrong. The arrays are views of it."""
     if content.nbytes < _HEAD.size:
@@ -222,7 +221,7 @@ def read_preview(content: Bytes) -> Preview:
     version, level, zero, segment, elements, residual, base, block, unit, rest = _HEAD.unpack(
         content[: _HEAD.size].tobytes()
     )
-    if (version, level, zero, segment, rest) != (VERSION, LEVEL, 0, SEGMENT, 0):
+    if level not in SHARES or (version, zero, segment, rest) != (VERSION, 0, SEGMENT, 0):
         raise ValueError("a preview of another version or level")
     if content.nbytes != content_size(elements) or not math.isfinite(residual) or residual < 0:
         raise ValueError("a preview's head contradicts its size")
@@ -233,7 +232,13 @@ def read_preview(content: Bytes) -> Preview:
     if not math.isfinite(unit) or not np.isfinite(scales).all():
         raise ValueError("a preview's scales are not finite")
     return Preview(
-        Digest(base), Digest(block), elements, residual, scales, content[_HEAD.size : content.nbytes - 2 * segments]
+        level,
+        Digest(base),
+        Digest(block),
+        elements,
+        residual,
+        scales,
+        content[_HEAD.size : content.nbytes - 2 * segments],
     )
 
 

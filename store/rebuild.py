@@ -177,7 +177,7 @@ class _Scan:
             raise DamagedError(f"object {digest.short} is no preview: {error}") from error
         row = PreviewRow(digest, header.stored_bytes, preview.residual)
         with self._lock:
-            key = preview_key(preview.base, preview.block)
+            key = preview_key(preview.base, preview.block, preview.level)
             self.found.previews[key] = max(self.found.previews.get(key, b""), row.pack())
 
 

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-from mergepipe.store.canonical import dump_canonical, load_strict
+from mergepipe.store.canonical import brief, dump_canonical, load_strict
 from mergepipe.store.catalog import Reading
 from mergepipe.store.commits import Commit, decode_commit
 from mergepipe.store.digest import Digest
@@ -77,7 +77,7 @@ def decode_ref(data: bytes) -> Ref:
         value = load_strict(data, "a ref's row")
         return Ref(str(value["name"]), Digest.parse(value["commit"]), str(value["kind"]))
     except (BadInputError, ValueError, KeyError, TypeError) as error:
-        raise DamagedError(f"a ref's row in the catalog cannot be read ({error})") from error
+        raise DamagedError(f"a ref's row in the catalog cannot be read ({brief(error)})") from error
 
 
 def all_refs(view: Reading) -> list[Ref]:
@@ -191,4 +191,4 @@ def _moved_to(name: str, row: bytes) -> Digest | None:
         new = load_strict(row, "a reflog row")["new"]
         return None if new is None else Digest.parse(new)
     except (BadInputError, ValueError, KeyError, TypeError) as error:
-        raise DamagedError(f"a row of the log of ref {name!r} cannot be read ({error})") from error
+        raise DamagedError(f"a row of the log of ref {name!r} cannot be read ({brief(error)})") from error

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
-from mergepipe.store.canonical import load_strict
+from mergepipe.store.canonical import brief, load_strict
 from mergepipe.store.dtypes import DTYPES, DType
 from mergepipe.store.errors import BadInputError
 
@@ -91,19 +91,23 @@ def parse_header(raw: bytes, data_bytes: int | None, what: str) -> SafetensorsHe
 
 
 def _entry(name: str, item: Any, what: str) -> HeaderEntry:
-    place = f"{what}: tensor {name!r}"
+    place = f"{what}: tensor {brief(repr(name))}"
     if not isinstance(item, dict) or set(item) != {"dtype", "shape", "data_offsets"}:
         raise BadInputError(f"{place}: needs exactly dtype, shape and data_offsets")
     dtype = DTYPES.get(item["dtype"]) if isinstance(item["dtype"], str) else None
     if dtype is None:
-        raise BadInputError(f"{place}: unknown dtype {item['dtype']!r}", hint=f"Known are {', '.join(DTYPES)}.")
+        raise BadInputError(
+            f"{place}: unknown dtype {brief(repr(item['dtype']))}", hint=f"Known are {', '.join(DTYPES)}."
+        )
     shape, offsets = item["shape"], item["data_offsets"]
     if not _naturals(shape) or not _naturals(offsets) or len(offsets) != 2 or len(shape) > MAXIMUM_DIMENSIONS:
         raise BadInputError(f"{place}: shape and data_offsets must be lists of whole numbers")
     bits = math.prod(shape) * dtype.bits
     if offsets[1] - offsets[0] != bits // 8 or bits % 8:
         takes = f"{bits // 8}{str(bits % 8 / 8)[1:] if bits % 8 else ''} bytes"  # it may be more than a float can hold
-        raise BadInputError(f"{place}: {dtype.name} {shape} takes {takes}, data_offsets say {offsets[1] - offsets[0]}")
+        raise BadInputError(
+            f"{place}: {dtype.name} {brief(shape)} takes {brief(takes)}, data_offsets say {offsets[1] - offsets[0]}"
+        )
     return HeaderEntry(name, dtype, tuple(shape), offsets[0], offsets[1])
 
 
@@ -116,7 +120,7 @@ def _check_cover(entries: list[HeaderEntry], data_bytes: int | None, what: str) 
     for entry in entries:
         if entry.begin != position:
             kind = "overlaps the tensor before it" if entry.begin < position else "leaves a gap before it"
-            raise BadInputError(f"{what}: tensor {entry.name!r} {kind} (it begins at {entry.begin})")
+            raise BadInputError(f"{what}: tensor {brief(repr(entry.name))} {kind} (it begins at {entry.begin})")
         position = entry.end
     if data_bytes is not None and position != data_bytes:
         problem = "cut off" if position > data_bytes else "followed by bytes that no tensor owns"

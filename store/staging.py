@@ -7,10 +7,7 @@ its folder; the next writer removes it, where its lease shows that the process i
 from __future__ import annotations
 
 import os
-import secrets
-import shutil
 import threading
-import time
 import zlib
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -24,7 +21,7 @@ from mergepipe.store.errors import MergePipeError
 from mergepipe.store.filesystem import explain_os_error, start_writeback
 from mergepipe.store.frame import HEADER_BYTES, Encoding, Header, Kind, pack_header
 from mergepipe.store.layout import Layout
-from mergepipe.store.leases import ReliedOn, pin, remove_abandoned, write_lease
+from mergepipe.store.leases import ReliedOn, make_folder, pin, remove_abandoned, remove_folder
 from mergepipe.store.objects import may_unfold
 
 if TYPE_CHECKING:
@@ -60,16 +57,13 @@ class Staging:
         self._claimed: set[Digest] = set()
         self._relied_on: set[Digest] = set()
         self._lock = threading.Lock()
-        self.path = layout.temporary / f"{int(time.time())}-{os.getpid()}-{secrets.token_hex(4)}"
 
     def __enter__(self) -> Self:
         try:
-            self.path.mkdir(parents=True)
-            write_lease(self.path)
+            self.path = make_folder(self.layout.temporary)
             self._relied_file = ReliedOn(self.path)
         except OSError as error:
-            shutil.rmtree(self.path, ignore_errors=True)
-            raise explain_os_error(error, f"making the writer's folder {self.path}") from error
+            raise explain_os_error(error, f"making the writer's folder in {self.layout.temporary}") from error
         remove_abandoned(self.layout.temporary)
         return self
 
@@ -77,7 +71,7 @@ class Staging:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._relied_file.close()
-        shutil.rmtree(self.path, ignore_errors=True)
+        remove_folder(self.path)
 
     def pin(self, commits: Iterable[Digest]) -> None:
         """Say that these commits are being read: no collection takes their objects while this writer lives."""

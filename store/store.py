@@ -22,9 +22,8 @@ from mergepipe.store.catalog import Writing, open_catalog, release_catalog
 from mergepipe.store.chunking import DEFAULT_BLOCK_BYTES
 from mergepipe.store.commits import Commit
 from mergepipe.store.digest import Digest
-from mergepipe.store.errors import MergePipeError
 from mergepipe.store.filesystem import explain_os_error
-from mergepipe.store.layout import Layout, create_layout, discard_layout, find_layout
+from mergepipe.store.layout import Layout, declare_layout, discard_layout, find_layout, prepare_layout
 from mergepipe.store.objects import ObjectReader
 from mergepipe.store.refs import load_commit, resolve
 from mergepipe.store.snapshot import Snapshot
@@ -54,14 +53,17 @@ class Store:
         """
         where = Path(catalog) if catalog is not None else None
         try:
-            layout = create_layout(Path(path), block_bytes=block_bytes, catalog=where)
+            layout = prepare_layout(Path(path), block_bytes=block_bytes, catalog=where)
+            store = cls(layout, create=True)
+            try:
+                declare_layout(layout)
+            except BaseException:
+                discard_layout(layout)
+                store.close()
+                raise
         except OSError as error:
             raise explain_os_error(error, f"making the store {path}") from error
-        try:
-            return cls(layout, create=True)
-        except MergePipeError:
-            discard_layout(layout)
-            raise
+        return store
 
     @classmethod
     def open(cls, path: Path | str | None = None) -> Store:

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from mergepipe.store.codecs import Bytes
 
 _REPEATED_BYTES: Final = 64 << 20  # what a tensor may take beyond its file's size: views can repeat elements
+_LOOKED_AT_BYTES: Final = 256
 _NAMES_BYTES: Final = 64 << 20  # of all names together, with so much for each of them
 _NAME_BYTES: Final = 64
 
@@ -82,7 +83,7 @@ def _load(path: Path) -> Any:
             except RuntimeError as error:
                 if "mmap" not in str(error):
                     raise
-            return torch.load(path, map_location="cpu", weights_only=True)  # before PyTorch 1.6: cannot be mapped
+            return _load_unmapped(path)
     except pickle.UnpicklingError as error:
         raise BadInputError(
             f"{path}: the file would run code when it is loaded, or is damaged; nothing of it was run",
@@ -90,6 +91,32 @@ def _load(path: Path) -> Any:
         ) from error
     except Exception as error:  # torch raises many kinds for a bad file; none of them may reach the user raw
         raise BadInputError(f"{path}: not a PyTorch file ({_first_line(error)})") from error
+
+
+def _load_unmapped(path: Path) -> Any:
+    """A file of before PyTorch 1.6. Where it names a storage that it does not have, torch gives it memory as it lies.
+
+    So storages are filled first, and looked at afterwards: with another byte once more, for content can be like that.
+    """
+    import torch
+
+    for byte in (0xA5, 0x5A):
+        storages: list[Any] = []
+
+        def fill(storage: Any, _place: str, byte: int = byte, made: list[Any] = storages) -> Any:
+            made.append(storage)
+            return storage.fill_(byte)
+
+        value = torch.load(path, map_location=fill, weights_only=True)
+        if not any(_is_all(storage, byte) for storage in storages):
+            return value
+    raise ValueError("it lacks the content of a tensor")
+
+
+def _is_all(storage: Any, byte: int) -> bool:
+    """Whether the first bytes of a storage are all the same; what is read from a file is read whole."""
+    first = bytes(storage[:_LOOKED_AT_BYTES])
+    return bool(first) and first == bytes([byte]) * len(first)
 
 
 class _Collected:

@@ -98,9 +98,10 @@ def _writer(folder: Path) -> Writer:
     host, pid = "", 0
     started = _modified(folder)
     try:
-        lease = json.loads((folder / _LEASE).read_text(encoding="utf-8"))
+        text = (folder / _LEASE).read_text(encoding="utf-8") if (folder / _LEASE).is_file() else ""
+        lease = json.loads(text)
         host, pid, started = str(lease["host"]), int(lease["pid"]), float(lease["started"])
-    except (OSError, ValueError, KeyError, TypeError, OverflowError):
+    except (OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError):
         pass  # still being made, or damaged: nobody knows whose it is
     size = 0
     for path in folder.glob("*"):

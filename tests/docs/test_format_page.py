@@ -246,7 +246,8 @@ class Preview(NamedTuple):
 def read_preview(data: bytes) -> Preview:
     version, level, zero, segment, elements, residual = struct.unpack("<BBHIQd", data[:24])
     unit, rest = struct.unpack("<fI", data[88:96])
-    assert (version, level, zero, segment, rest) == (1, 1, 0, 1024, 0)
+    assert level in (1, 2)
+    assert (version, zero, segment, rest) == (1, 0, 1024, 0)
     assert math.isfinite(residual)
     assert residual >= 0
     segments = -(-elements // 1024)
@@ -518,7 +519,8 @@ def test_previews(family: tuple[Path, dict[str, Weights]], tmp_path: Path) -> No
     reader, seen, empty = Reader(tmp_path / ".mp"), 0, 0
     for name in ("model.layers.1.q.weight", "model.layers.1.up.weight", "model.layers.1.half.weight"):
         for key, difference in differing_blocks(reader, name):
-            row = reader.rows["previews"].pop(key + b"\1")
+            (own,) = (each for each in reader.rows["previews"] if each[:-1] == key and each[-1] in (1, 2))
+            row = reader.rows["previews"].pop(own)
             if not row:
                 empty += 1
                 assert difference.size < 4096

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from mergepipe.store import Store
-from mergepipe.store.analyze import analyze, lacking
+from mergepipe.store.analyze import analyze, lacking, level_for
 from mergepipe.store.check import verify
 from mergepipe.store.drop_previews import Removal, drop_previews, plan_removal
 from mergepipe.store.errors import ConflictError, DamagedError
@@ -39,7 +39,8 @@ def contents(store: Store) -> dict[str, bytes]:
 
 def make_again(store: Store) -> None:
     for ref in ("expert0", "expert1"):
-        analyze(store, lacking(store, store.snapshot("base"), store.snapshot(ref), previews=True), previews=True)
+        models = store.snapshot("base"), store.snapshot(ref)
+        analyze(store, lacking(store, *models, previews=True), previews=level_for(store, *models))
 
 
 def without_previews(rows: dict[str, dict[bytes, bytes]]) -> dict[str, dict[bytes, bytes]]:

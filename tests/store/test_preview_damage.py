@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from mergepipe.store import Digest, Store
-from mergepipe.store.analyze import Analysis, analyze, lacking
+from mergepipe.store.analyze import Analysis, analyze, lacking, level_for
 from mergepipe.store.check import verify
 from mergepipe.store.digest import hash_bytes
 from mergepipe.store.frame import HEADER_BYTES, Kind
@@ -36,15 +36,17 @@ class Patient:
 
     def find(self, ref: str, tensor: str) -> tuple[bytes, PreviewRow]:
         (old,), (new,) = (self.store.snapshot(name).entry(tensor).blocks for name in ("base", ref))
-        key = old + new + b"\1"
-        return key, unpack_row(catalog_rows(self.store, "previews")["previews"][key])
+        rows = catalog_rows(self.store, "previews")["previews"]
+        (key,) = (key for key in rows if key[:-1] == old + new)
+        return key, unpack_row(rows[key])
 
     def put(self, database: str, key: bytes, value: bytes) -> None:
         self.store.catalog.write(lambda view: view.put(database, key, value))
 
     def repair(self) -> Analysis:
-        pairs = lacking(self.store, self.store.snapshot("base"), self.store.snapshot("expert0"), previews=True)
-        return analyze(self.store, pairs, previews=True)
+        models = self.store.snapshot("base"), self.store.snapshot("expert0")
+        pairs = lacking(self.store, *models, previews=True)
+        return analyze(self.store, pairs, previews=level_for(self.store, *models))
 
     def check_repair(self, count: int = 1) -> None:
         assert self.repair().previews == count

@@ -15,17 +15,17 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from mergepipe.store import Digest, Store
-from mergepipe.store.analyze import Analysis, analyze, lacking
+from mergepipe.store.analyze import Analysis, analyze, lacking, level_for
 from mergepipe.store.codecs import Bytes
 from mergepipe.store.digest import hash_bytes
 from mergepipe.store.dtypes import DTYPES
 from mergepipe.store.errors import DamagedError, UsageError
 from mergepipe.store.frame import HEADER_BYTES, Kind
-from mergepipe.store.norms import HISTOGRAM_BINS
 from mergepipe.store.preview_kernels import codes_of_bfloat16, codes_of_float32
 from mergepipe.store.previews import (
+    COARSE,
     LEAST_ELEMENTS,
-    SHARE,
+    SHARES,
     WORTH_IT,
     Preview,
     PreviewRow,
@@ -39,7 +39,6 @@ from mergepipe.store.previews import (
 )
 from mergepipe.store.publish import Changes, publish
 from mergepipe.store.staging import Staging
-from mergepipe.store.statistics import block_statistics
 from support.family import base_weights, fine_tune, write_family, write_model
 from support.stores import catalog_rows, object_files, objects_of, state_of
 
@@ -52,12 +51,12 @@ def as_bytes(values: NDArray[Any]) -> Bytes:
     return np.frombuffer(values.tobytes(), np.uint8)
 
 
-def make(new: NDArray[Any], old: NDArray[Any], new_type: str, old_type: str = "") -> tuple[bytes, Preview] | None:
+def make(
+    new: NDArray[Any], old: NDArray[Any], new_type: str, old_type: str = "", level: int = COARSE
+) -> tuple[bytes, Preview] | None:
     """The preview of ``new - old``, whose arrays are of these types; its content is copied out of the scratch."""
     types = DTYPES[new_type], DTYPES[old_type or new_type]
-    histogram = np.zeros(HISTOGRAM_BINS, np.int64)
-    block_statistics(as_bytes(new), as_bytes(old), *types, histogram)
-    made = make_preview(as_bytes(new), as_bytes(old), *types, histogram, BASE, BLOCK)
+    made = make_preview(as_bytes(new), as_bytes(old), *types, BASE, BLOCK, level)
     if made is None:
         return None
     content = made[0].tobytes()
@@ -72,13 +71,38 @@ def decoded(preview: Preview) -> NDArray[np.float32]:
     return out
 
 
-def plain_codes(delta: NDArray[np.float32], least: int) -> NDArray[np.uint8]:
-    """Codes in plain NumPy: 1 or 2 where the magnitude's pattern is at least ``least``, four quarters to a byte."""
-    bits = delta.view(np.uint32)
-    codes = np.where(bits & 0x7FFFFFFF >= least, 1 + (bits >> 31), 0).astype(np.uint8)
-    padded = np.zeros(-(-delta.size // SEGMENT) * SEGMENT, np.uint8)
-    padded[: delta.size] = codes
-    quarters = padded.reshape(-1, 4, SEGMENT // 4)
+def plain_least(sizes: NDArray[np.uint32], most: int) -> int:
+    """The smallest magnitude that is kept, by halving as the format's page has it, over a segment's sorted patterns."""
+
+    def reach(least: int) -> int:
+        return int((sizes >= least).sum())
+
+    low, high = 1, int(sizes.max()) + 1
+    if reach(low) <= most:
+        return low
+    if high > 8 << 23:
+        if reach(high - (8 << 23)) <= most:
+            high -= 8 << 23
+        else:
+            low = high - (8 << 23)
+    while high - low > 1 << 16:
+        middle = (low + high) // 2
+        if reach(middle) <= most:
+            high = middle
+        else:
+            low = middle
+    return low if 2 * reach(high) < most else high
+
+
+def plain_codes(delta: NDArray[np.float32], share: float) -> NDArray[np.uint8]:
+    """Codes in plain NumPy: 1 or 2 where a magnitude is kept, four quarters to a byte."""
+    codes = np.zeros(-(-delta.size // SEGMENT) * SEGMENT, np.uint8)
+    for start in range(0, delta.size, SEGMENT):
+        bits = delta[start : start + SEGMENT].view(np.uint32)
+        sizes = bits & 0x7FFFFFFF
+        least = plain_least(sizes, int(share * bits.size))
+        codes[start : start + bits.size] = np.where(sizes >= least, 1 + (bits >> 31), 0)
+    quarters = codes.reshape(-1, 4, SEGMENT // 4)
     packed: NDArray[np.uint8] = (
         quarters[:, 0] | quarters[:, 1] << 2 | quarters[:, 2] << 4 | quarters[:, 3] << 6
     ).ravel()
@@ -123,7 +147,10 @@ class TestTheNorm:
         if made is None:
             return
         _, preview = made
-        delta = new.astype(np.float64) - old.astype(np.float64)
+        with np.errstate(over="ignore"):
+            delta = new.astype(np.float64) - old.astype(np.float64)
+            if not new_type == old_type == "F64":  # as a merge takes it: rounded to float32, then subtracted
+                delta = (new.astype(np.float32) - old.astype(np.float32)).astype(np.float64)
         left = math.sqrt(math.fsum((delta - decoded(preview)) ** 2))
         assert preview.residual >= left
         assert preview.residual**2 <= (1.001 * left) ** 2 + 2.0**-15 * math.fsum(delta**2)
@@ -140,7 +167,7 @@ class TestTheNorm:
         left = float(np.linalg.norm(delta - decoded(made[1])))
         assert left <= made[1].residual <= 1.001 * left
         assert left < 0.55 * np.linalg.norm(delta)
-        assert np.count_nonzero(decoded(made[1])) <= SHARE * elements
+        assert np.count_nonzero(decoded(made[1])) <= SHARES[COARSE] * elements
 
     def test_where_all_mass_is_in_a_short_last_segment(self) -> None:
         """Sums in float32 lose most where many numbers go into one of them."""
@@ -214,27 +241,32 @@ class TestContent:
         assert second is not None
         assert first[0] == second[0]
 
-    @given(st.integers(0, 2**32 - 1), st.integers(1, 5000), st.integers(0, 0x7F800000))
-    def test_codes_are_those_of_plain_numpy(self, seed: int, elements: int, least: int) -> None:
+    @given(
+        st.integers(0, 2**32 - 1), st.integers(1, 5000), st.sampled_from([*SHARES.values(), 0.0, 1.0]), st.booleans()
+    )
+    def test_codes_are_those_of_plain_numpy(self, seed: int, elements: int, share: float, tied: bool) -> None:
         generator = np.random.default_rng(seed)
         new, old = (generator.standard_normal(elements).astype(ml_dtypes.bfloat16) for _ in range(2))
+        if tied:
+            new = (old.astype(np.float32) + generator.integers(-1, 2, elements)).astype(ml_dtypes.bfloat16)
         delta = new.astype(np.float32) - old.astype(np.float32)
         segments = -(-elements // SEGMENT)
+        wanted = plain_codes(delta, share)
+        signs = np.stack([wanted.reshape(segments, 1, -1) >> shift & 3 for shift in (0, 2, 4, 6)], 1).reshape(-1)
         for made in range(2):
-            codes, sums = np.full(segments * SEGMENT // 4, 7, np.uint8), np.empty((segments, 4))
+            codes, sums = np.full(segments * SEGMENT // 4, 7, np.uint8), np.empty((segments, 3))
             if made:
-                codes_of_float32(delta, np.uint32(least), codes, sums)
+                codes_of_float32(delta, share, codes, sums)
             else:
-                codes_of_bfloat16(new.view("<u2"), old.view("<u2"), np.uint32(least), codes, sums)
-            assert (codes == plain_codes(delta, least)).all()
+                codes_of_bfloat16(new.view("<u2"), old.view("<u2"), share, codes, sums)
+            assert (codes == wanted).all()
             padded = np.zeros(segments * SEGMENT)
             padded[:elements] = np.abs(delta)
             sizes = padded.reshape(segments, SEGMENT)
-            kept = np.where(sizes.astype(np.float32).view(np.uint32) >= max(least, 1), sizes, 0)
-            assert (sums[:, 0] == np.count_nonzero(kept, axis=1)).all() or least == 0
+            kept = np.where(signs.reshape(segments, SEGMENT) > 0, sizes, 0)
+            assert (sums[:, 0] == (signs > 0).reshape(segments, SEGMENT).sum(1)).all()
             np.testing.assert_allclose(sums[:, 1], kept.sum(axis=1), rtol=1e-6)
-            np.testing.assert_allclose(sums[:, 2], (kept**2).sum(axis=1), rtol=1e-6)
-            np.testing.assert_allclose(sums[:, 3], (sizes**2).sum(axis=1), rtol=1e-6)
+            np.testing.assert_allclose(sums[:, 2], (sizes**2).sum(axis=1), rtol=1e-6)
 
     def test_any_part_of_the_delta_can_be_had(self) -> None:
         generator = np.random.default_rng(3)
@@ -284,7 +316,7 @@ class TestHostile:
     @pytest.mark.parametrize(
         ("offset", "value"),
         [
-            (0, b"\2"), (1, b"\2"), (2, b"\1"), (4, b"\0\2"), (8, b"\xff" * 8), (16, b"\xff" * 8), (23, b"\xff"),
+            (0, b"\2"), (1, b"\3"), (2, b"\1"), (4, b"\0\2"), (8, b"\xff" * 8), (16, b"\xff" * 8), (23, b"\xff"),
             (88, b"\0\0\xc0\x7f"), (88, b"\0\0\x80\x7f"), (92, b"\1"), (-2, b"\0\x7c"), (-1, b"\x7e"),
         ],
     )  # fmt: skip
@@ -315,20 +347,19 @@ def fill(store: Store, base: Path, experts: list[Path], **options: Any) -> Store
 
 
 def make_all(store: Store, ref: str, base: str = "base") -> Analysis:
-    pairs = lacking(store, store.snapshot(base), store.snapshot(ref), previews=True)
-    return analyze(store, pairs, previews=True)
+    models = store.snapshot(base), store.snapshot(ref)
+    return analyze(store, lacking(store, *models, previews=True), previews=level_for(store, *models))
 
 
 class TestStoring:
     def test_only_where_it_takes_clearly_less_than_the_block(self, store: Store) -> None:
         new, old = np.random.default_rng(6).standard_normal((2, 8192)).astype(np.float32)
-        dtype, histogram = DTYPES["F32"], np.zeros(HISTOGRAM_BINS, np.int64)
-        block_statistics(as_bytes(new), as_bytes(old), dtype, dtype, histogram)
+        dtype = DTYPES["F32"]
 
         def stored(exact: int) -> PreviewRow | None:
             with Staging(store.layout, store.catalog) as staging:
-                where = as_bytes(new), as_bytes(old), dtype, dtype, histogram, BASE, BLOCK
-                row = store_preview(staging, *where, exact)
+                where = as_bytes(new), as_bytes(old), dtype, dtype, BASE, BLOCK
+                row = store_preview(staging, *where, exact, COARSE)
                 assert set(staging.rows) == ({row.id} if row else set())
                 return row
 
@@ -342,8 +373,7 @@ class TestStoring:
         new, old = np.random.default_rng(6).standard_normal((2, 8192)).astype(np.float32)
         made = make(new, old, "F32")
         assert made is not None
-        dtype, histogram = DTYPES["F32"], np.zeros(HISTOGRAM_BINS, np.int64)
-        block_statistics(as_bytes(new), as_bytes(old), dtype, dtype, histogram)
+        dtype = DTYPES["F32"]
         with Staging(store.layout, store.catalog) as staging:
             content = np.frombuffer(made[0], np.uint8)
             digest = hash_bytes(made[0])
@@ -351,8 +381,8 @@ class TestStoring:
             staging.add_block(Kind.FILE, digest, content, 1)
             publish(store.catalog, staging, Changes())
         with Staging(store.layout, store.catalog) as staging:
-            where = as_bytes(new), as_bytes(old), dtype, dtype, histogram, BASE, BLOCK
-            assert store_preview(staging, *where, 10**6) is None
+            where = as_bytes(new), as_bytes(old), dtype, dtype, BASE, BLOCK
+            assert store_preview(staging, *where, 10**6, COARSE) is None
 
     @pytest.mark.parametrize("size", [1e-3, 2e-4, 5e-5])
     def test_a_real_family_takes_eight_hundredths(
@@ -394,10 +424,12 @@ class TestIngest:
                 pairs = zip(store.snapshot("base").entry(name).blocks, entry.blocks, strict=True)
                 for old, new in pairs:
                     if old != new:
-                        row = unpack_row(rows[preview_key(old, new)])
+                        level = level_for(store, store.snapshot("base"), store.snapshot(path.name))
+                        row = unpack_row(rows[preview_key(old, new, level)])
                         content = store.reader.read_piece(row.id, content_size(4096))
                         preview = read_preview(np.frombuffer(content, np.uint8))
-                        assert (preview.base, preview.block, preview.residual) == (old, new, row.residual)
+                        assert (preview.level, preview.base, preview.block) == (level, old, new)
+                        assert preview.residual == row.residual
                         own += 1
             assert (result.previews, own) == (9, 9)
             assert 0 < result.preview_bytes < result.stored_bytes

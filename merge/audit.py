@@ -9,6 +9,7 @@ import math
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from typing import Final
 
 import numpy as np
 
@@ -24,19 +25,25 @@ from mergepipe.store.objects import ObjectReader
 from mergepipe.store.parallel import Progress, counter, default_workers, run_bounded
 from mergepipe.store.store import Store
 
+_ROUNDING: Final = 2.0**-21  # of a weight: sums of a few experts' weights, each rounded to float32
+
 
 @dataclass(frozen=True, slots=True)
 class TensorAudit:
-    """One tensor: its true L2 distance from the full merge's, and what the plan certified."""
+    """One tensor: its true L2 distance from the full merge's, and what the plan certified.
+
+    ``rounding``: what float32 arithmetic may add to that on the way: some parts in a million of the tensor's length.
+    """
 
     name: str
     deviation: float
     bound: float
+    rounding: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
 class Audit:
-    """The whole model. ``update``: the L2 length of the full merge's true update.
+    """The whole model. ``update``: the L2 length of the full merge's true update. ``rounding``: as of a tensor.
 
     ``read_bytes``: what the audit itself read.
     """
@@ -47,6 +54,7 @@ class Audit:
     estimate: float
     tensors: tuple[TensorAudit, ...]
     read_bytes: int
+    rounding: float = 0.0
 
     @property
     def relative(self) -> float:
@@ -55,16 +63,17 @@ class Audit:
 
     @property
     def holds(self) -> bool:
-        """Whether every distance is within its bound; float32 sums may round by some parts in a million."""
+        """Whether every distance is within its bound, but for what float32 sums round."""
         slack = 1 + 2.0**-16
-        return self.deviation <= self.bound * slack and all(
-            tensor.deviation <= tensor.bound * slack for tensor in self.tensors
+        return self.deviation <= self.bound * slack + self.rounding and all(
+            tensor.deviation <= tensor.bound * slack + tensor.rounding for tensor in self.tensors
         )
 
 
 @dataclass
 class _Sums:
     deviation: dict[str, float] = field(default_factory=dict)
+    weights: dict[str, float] = field(default_factory=dict)
     update: float = 0.0
     lock: threading.Lock = field(default_factory=threading.Lock)
 
@@ -90,8 +99,9 @@ def audit(store: Store, plan: Plan, progress: Progress | None = None) -> Audit:
 
     def work(place: tuple[TensorFacts, int]) -> None:
         tensor, index = place
-        deviation, update = _compare(bench, checked, tensor, index)
+        deviation, update, weights = _compare(bench, checked, tensor, index)
         with sums.lock:
+            sums.weights[tensor.name] = sums.weights.get(tensor.name, 0.0) + weights
             sums.deviation[tensor.name] = sums.deviation.get(tensor.name, 0.0) + deviation
             sums.update += update
         advance(tensor.entry.block_span(index)[1])
@@ -105,16 +115,23 @@ def audit(store: Store, plan: Plan, progress: Progress | None = None) -> Audit:
         bound=plan.bound.absolute,
         estimate=plan.bound.estimate,
         tensors=tuple(
-            TensorAudit(name, math.sqrt(squared), plan.tensors[name].bound if name in plan.tensors else 0.0)
+            TensorAudit(
+                name,
+                math.sqrt(squared),
+                plan.tensors[name].bound if name in plan.tensors else 0.0,
+                _ROUNDING * math.sqrt(sums.weights[name]),
+            )
             for name, squared in sorted(sums.deviation.items(), key=lambda item: -item[1])
             if squared > 0
         ),
         read_bytes=sum(reader.counters.stored.values()),
+        rounding=_ROUNDING * math.sqrt(math.fsum(sums.weights.values())),
     )
 
 
-def _compare(bench: Bench, checked: CheckedPlan, tensor: TensorFacts, index: int) -> tuple[float, float]:
-    """The squared distance of the planned block from the full one, and of the full one from the reference's."""
+def _compare(bench: Bench, checked: CheckedPlan, tensor: TensorFacts, index: int) -> tuple[float, float, float]:
+    """The squared distance of the planned block from the full one, of the full one from the reference's, and the full
+    one's squared length."""
     method, job = checked.method, tensor.job
     planned = checked.plan.tensors.get(tensor.name)
     blocks = [tuple(entry.blocks[index] for entry in job.experts), (job.reference.blocks[index],) * len(job.experts)]
@@ -140,4 +157,5 @@ def _compare(bench: Bench, checked: CheckedPlan, tensor: TensorFacts, index: int
     with np.errstate(invalid="ignore", over="ignore"):
         off = results[1].astype(np.float64) - results[0]
         moved = results[0].astype(np.float64) - base
-    return float(off @ off), float(moved @ moved)
+        length = float(np.square(results[0], dtype=np.float64).sum())
+    return float(off @ off), float(moved @ moved), length

@@ -127,7 +127,7 @@ def read_layout(root: Path) -> Layout:
     root = root.absolute()  # a reader must not depend on the working directory
     path = root / _SETTINGS
     try:
-        if path.exists() and not path.is_file():  # nobody may write into a pipe
+        if path.exists() and not path.is_file() and not path.is_dir():  # nobody may write into a pipe
             raise BadInputError(f"{path}: not a store's settings")
         data = path.read_bytes()
     except (FileNotFoundError, NotADirectoryError):

@@ -28,7 +28,7 @@ def _reach(sizes: NDArray[np.uint32], least: np.uint32) -> int:
     count = np.uint32(0)
     for j in range(SEGMENT):
         count = np.uint32(count + np.uint32(sizes[j] >= least))
-    return count
+    return int(count)
 
 
 @inlined

@@ -162,30 +162,51 @@ class Row:
 
 
 @dataclass(frozen=True, slots=True)
+class Ground:
+    """What a plan with a budget knows of one merge, where whole blocks alone are read."""
+
+    method: Method
+    draft: Plan
+    facts: Facts
+    items: Sequence[Item]
+
+    def select(self, rule: str, limit: int) -> list[int]:
+        """The numbers of the items that a rule reads within so many bytes."""
+        return _selector(self, rule)(self.items, limit)
+
+    def plan(self, chosen: Iterable[int], limit: int) -> Plan:
+        """The plan that reads these items."""
+        draft = replace(self.draft, budget_bytes=limit)
+        return complete(draft, self.facts, self.method, (self.items, set(chosen)))
+
+
+def open_ground(store: Store, experts: Sequence[Expert], method: str, **options: Any) -> Ground:
+    """Gather it; ``options`` are those of :func:`plan_merge`."""
+    found = find_method(method)
+    draft = plan_merge(store, "base", experts, method, budget=parse_budget("0%"), **options)
+    models, jobs = jobs_of_plan(store, draft)
+    facts = facts_of(store, models, jobs, draft.settings, found, bounded=True)
+    return Ground(found, draft, facts, items_of_model(facts, found, previews=False))
+
+
+@dataclass(frozen=True, slots=True)
 class Setting:
     """One family in its store and one method; ``whole`` is the full merge, and ``update`` its distance to the base."""
 
     store: Store
     family: str
-    method: Method
-    draft: Plan
-    facts: Facts
-    items: Sequence[Item]
+    ground: Ground
     whole: Weights
     update: float
 
 
 def open_setting(store: Store, family: str, method: str) -> Setting:
     """Merge in full, and gather what a plan with a budget knows."""
-    found = find_method(method)
     experts = [Expert(f"expert{number}", dict(own)) for number, own in enumerate(METHODS[method], 1)]
     options: dict[str, Any] = {"dtype": "F32", "parameters": {"exact": False} if method == "ties" else {}}
     whole = _merged(store, plan_merge(store, "base", experts, method, **options))
-    draft = plan_merge(store, "base", experts, method, budget=parse_budget("0%"), **options)
-    models, jobs = jobs_of_plan(store, draft)
-    facts = facts_of(store, models, jobs, draft.settings, found, bounded=True)
-    items = items_of_model(facts, found)
-    return Setting(store, family, found, draft, facts, items, whole, _distance(_weights(store, "base"), whole))
+    ground = open_ground(store, experts, method, **options)
+    return Setting(store, family, ground, whole, _distance(_weights(store, "base"), whole))
 
 
 def _merged(store: Store, plan: Plan) -> Weights:
@@ -195,17 +216,16 @@ def _merged(store: Store, plan: Plan) -> Weights:
 
 def measure_rule(setting: Setting, rule: str, budget: int) -> Row:
     """Plan with a rule, merge, and compare with the full merge."""
-    full = full_bytes(setting.facts)
+    full = full_bytes(setting.ground.facts)
     limit = full * budget // 100
     start = time.perf_counter()
-    chosen = _selector(setting, rule)(setting.items, limit)
+    chosen = setting.ground.select(rule, limit)
     seconds = time.perf_counter() - start
-    draft = replace(setting.draft, budget_bytes=limit)
-    plan = complete(draft, setting.facts, setting.method, (setting.items, set(chosen)))
+    plan = setting.ground.plan(chosen, limit)
     deviation = _distance(_merged(setting.store, plan), setting.whole)
     return Row(
         family=setting.family,
-        method=setting.method.name,
+        method=setting.ground.method.name,
         budget=budget,
         rule=rule,
         deviation=deviation / setting.update,
@@ -216,9 +236,9 @@ def measure_rule(setting: Setting, rule: str, budget: int) -> Row:
     )
 
 
-def _selector(setting: Setting, rule: str) -> Selector:
+def _selector(ground: Ground, rule: str) -> Selector:
     if rule == "hash":
-        names = [f"{setting.facts.tensors[item.tensor].name} {item.index} {item.groups}" for item in setting.items]
+        names = [f"{ground.facts.tensors[item.tensor].name} {item.index} {item.groups}" for item in ground.items]
         return lambda items, budget: hash_rule(items, names, budget)
     if rule == "norm":
         return lambda items, budget: within_bytes(items, by_norm(items), budget)

@@ -149,14 +149,18 @@ class Scorer:
 
     def __init__(self, family: Family, measure: Measure) -> None:
         self.measure = measure
+        self.held_out = read_held_out(family.folder)
         self._model = measure.load(family.base)
-        self._held_out = read_held_out(family.folder)
 
     def __call__(self, tensors: Tensors) -> dict[str, float]:
+        return self.measure.score(self.model_of(tensors), self.held_out)
+
+    def model_of(self, tensors: Tensors) -> Any:
+        """The model, with these weights."""
         found = self._model.load_state_dict(tensors, strict=False)
         if found.unexpected_keys or set(found.missing_keys) - {"lm_head.weight"}:  # tied to the embedding
             raise BenchError(f"these are not the model's tensors: {found}")
-        return self.measure.score(self._model, self._held_out)
+        return self._model
 
 
 @dataclass(frozen=True, slots=True)
@@ -232,7 +236,7 @@ def sweep(family: Family, work: Path, methods: Sequence[str]) -> Sweep:
     return Sweep(kind, sum(tensor.numel() for tensor in origin.values()), scores, points)
 
 
-def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     lines = [header, ["---", *["---:"] * (len(header) - 1)], *rows]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
@@ -246,7 +250,7 @@ def _scores_table(found: Sweep) -> str:
     domains = list(found.scores["base"])
     named = found.scores | {f"{method}, all read": found.of(method)[-1].scores for method in found.methods}
     rows = [[name, *(f"{each[domain]:.3f}" for domain in domains), f"{mean(each):.3f}"] for name, each in named.items()]
-    return _table([found.measure.title, *domains, "mean"], rows)
+    return markdown_table([found.measure.title, *domains, "mean"], rows)
 
 
 def _claims_table(found: Sweep) -> str:
@@ -272,7 +276,7 @@ def _claims_table(found: Sweep) -> str:
         "gain recovered there",
         "less expert I/O there",
     ]
-    return _table([*header, "steps down that cost quality", f"bytes for {ENOUGH:.0%} of the gain"], rows)
+    return markdown_table([*header, "steps down that cost quality", f"bytes for {ENOUGH:.0%} of the gain"], rows)
 
 
 def _budget_table(points: Sequence[Point]) -> str:
@@ -291,7 +295,7 @@ def _budget_table(points: Sequence[Point]) -> str:
         for point in points
     ]
     header = ["budget", "read", "of stored", "of raw", *points[0].scores]
-    return _table([*header, "gain recovered", "deviation of update", "of weights", "bound"], rows)
+    return markdown_table([*header, "gain recovered", "deviation of update", "of weights", "bound"], rows)
 
 
 def section(found: Sweep, pictures: Sequence[str]) -> str:
@@ -321,10 +325,10 @@ weights; the bound is the plan's certificate for the former.
 """
 
 
-def write_page(page: Path, kind: str, text: str) -> None:
-    """Put a section between its markers, or at the page's end."""
+def write_page(page: Path, kind: str, text: str, introduction: str = INTRODUCTION) -> None:
+    """Put a section between its markers, or at the page's end; a new page begins with an introduction."""
     begin, end = f"<!-- quality {kind}: begin -->", f"<!-- quality {kind}: end -->"
-    content = page.read_text(encoding="utf-8") if page.exists() else INTRODUCTION
+    content = page.read_text(encoding="utf-8") if page.exists() else introduction
     if begin not in content:
         content = f"{content.rstrip()}\n\n{begin}\n{end}\n"
     head, _, rest = content.partition(begin)

@@ -18,41 +18,39 @@ from mergepipe.store.kernels import compiled, inlined
 SEGMENT: Final = 1024
 _QUARTER: Final = 256
 _LANES: Final = 64
-_FAR: Final = np.uint32(8 << 23)
-_RESOLUTION: Final = np.uint32(1 << 16)
+_FAR: Final = 8 << 7  # eight octaves, as bfloat16 patterns go
 
 
 @inlined
-def _reach(sizes: NDArray[np.uint32], least: np.uint32) -> int:
-    """How many of a segment's magnitudes are at least this large; all as float32 patterns."""
-    count = np.uint32(0)
+def _reach(sizes: NDArray[np.uint16], least: np.uint16) -> int:
+    """How many of a segment's magnitudes are at least this large; all as bfloat16 patterns."""
+    count = np.uint16(0)
     for j in range(SEGMENT):
-        count = np.uint32(count + np.uint32(sizes[j] >= least))
+        count = np.uint16(count + np.uint16(sizes[j] >= least))
     return int(count)
 
 
 @inlined
-def _least(sizes: NDArray[np.uint32], most: int) -> np.uint32:
-    """The smallest magnitude to keep, so that at most ``most`` are; found by halving, to the resolution of bfloat16.
+def _least(sizes: NDArray[np.uint16], most: int) -> int:
+    """The smallest magnitude to keep, so that at most ``most`` are; found by halving.
 
     Where many share one magnitude this may be far fewer; where it would be less than half as many, more are kept.
     """
-    top = np.uint32(0)
+    top = np.uint16(0)
     for j in range(SEGMENT):
         top = max(top, sizes[j])
-    low, high, few = np.uint32(1), np.uint32(top + np.uint32(1)), 0
-    if _reach(sizes, low) <= most:
+    low, high, few = 1, int(top) + 1, 0
+    if _reach(sizes, np.uint16(low)) <= most:
         return low
     if high > _FAR:  # most of what counts is within some octaves of the largest
-        start = np.uint32(high - _FAR)
-        count = _reach(sizes, start)
+        count = _reach(sizes, np.uint16(high - _FAR))
         if count <= most:
-            high, few = start, count
+            high, few = high - _FAR, count
         else:
-            low = start
-    while high - low > _RESOLUTION:
-        middle = np.uint32(low + ((high - low) >> np.uint32(1)))
-        count = _reach(sizes, middle)
+            low = high - _FAR
+    while high - low > 1:
+        middle = (low + high) >> 1
+        count = _reach(sizes, np.uint16(middle))
         if count <= most:
             high, few = middle, count
         else:
@@ -64,7 +62,7 @@ def _least(sizes: NDArray[np.uint32], most: int) -> np.uint32:
 def _segment(
     delta: NDArray[np.float32],
     most: int,
-    sizes: NDArray[np.uint32],
+    sizes: NDArray[np.uint16],
     lanes: NDArray[np.float32],
     marks: NDArray[np.uint8],
     codes: NDArray[np.uint8],
@@ -72,8 +70,8 @@ def _segment(
 ) -> None:
     """Codes of one segment, zeros at its end; how many it keeps, the sum of those, and the squares of all (3)."""
     for j in range(SEGMENT):
-        sizes[j] = np.uint32(np.float32(delta[j]).view(np.uint32) & np.uint32(0x7FFFFFFF))
-    least = _least(sizes, most)
+        sizes[j] = np.uint16(np.uint32(np.float32(delta[j]).view(np.uint32) & np.uint32(0x7FFFFFFF)) >> np.uint32(16))
+    least = np.uint16(_least(sizes, most))
     for j in range(_LANES):
         lanes[0, j] = lanes[1, j] = lanes[2, j] = np.float32(0)
     for row in range(SEGMENT // _LANES):
@@ -82,7 +80,7 @@ def _segment(
         out = marks[row * _LANES : row * _LANES + _LANES]
         for j in range(_LANES):
             kept = mine[j] >= least
-            m = np.uint32(mine[j]).view(np.float32)
+            m = abs(part[j])
             lanes[0, j] += np.float32(1) if kept else np.float32(0)
             lanes[1, j] += m if kept else np.float32(0)
             lanes[2, j] += m * m
@@ -109,7 +107,7 @@ def codes_of_bfloat16(
     sums: NDArray[np.float64],
 ) -> None:
     """:func:`codes_of_float32` of ``new - old``, both bfloat16 bit patterns."""
-    sizes = np.empty(SEGMENT, np.uint32)
+    sizes = np.empty(SEGMENT, np.uint16)
     lanes = np.empty((3, _LANES), np.float32)
     marks = np.empty(SEGMENT, np.uint8)
     delta = np.empty(SEGMENT, np.float32)
@@ -134,7 +132,7 @@ def codes_of_float32(
     ``codes`` is (S * 256,). ``sums`` (S, 3) gets of each segment how many are kept, the sum of their magnitudes, and
     the squares of all.
     """
-    sizes = np.empty(SEGMENT, np.uint32)
+    sizes = np.empty(SEGMENT, np.uint16)
     lanes = np.empty((3, _LANES), np.float32)
     marks = np.empty(SEGMENT, np.uint8)
     delta = np.empty(SEGMENT, np.float32)

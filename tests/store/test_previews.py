@@ -72,7 +72,7 @@ def decoded(preview: Preview) -> NDArray[np.float32]:
 
 
 def plain_least(sizes: NDArray[np.uint32], most: int) -> int:
-    """The smallest magnitude that is kept, by halving as the format's page has it, over a segment's sorted patterns."""
+    """The smallest magnitude that is kept, as the format's page has it, over a segment's upper 16 bits."""
 
     def reach(least: int) -> int:
         return int((sizes >= least).sum())
@@ -80,12 +80,12 @@ def plain_least(sizes: NDArray[np.uint32], most: int) -> int:
     low, high = 1, int(sizes.max()) + 1
     if reach(low) <= most:
         return low
-    if high > 8 << 23:
-        if reach(high - (8 << 23)) <= most:
-            high -= 8 << 23
+    if high > 1024:
+        if reach(high - 1024) <= most:
+            high -= 1024
         else:
-            low = high - (8 << 23)
-    while high - low > 1 << 16:
+            low = high - 1024
+    while high - low > 1:
         middle = (low + high) // 2
         if reach(middle) <= most:
             high = middle
@@ -99,7 +99,7 @@ def plain_codes(delta: NDArray[np.float32], share: float) -> NDArray[np.uint8]:
     codes = np.zeros(-(-delta.size // SEGMENT) * SEGMENT, np.uint8)
     for start in range(0, delta.size, SEGMENT):
         bits = delta[start : start + SEGMENT].view(np.uint32)
-        sizes = bits & 0x7FFFFFFF
+        sizes = (bits & 0x7FFFFFFF) >> 16
         least = plain_least(sizes, int(share * bits.size))
         codes[start : start + bits.size] = np.where(sizes >= least, 1 + (bits >> 31), 0)
     quarters = codes.reshape(-1, 4, SEGMENT // 4)

@@ -28,7 +28,7 @@ from mergepipe.store.objects import ObjectReader, Role
 from mergepipe.store.parallel import Progress, default_workers
 from mergepipe.store.publish import Changes, RefUpdate, publish
 from mergepipe.store.refs import check_ref_name, find_ref
-from mergepipe.store.snapshot import Snapshot
+from mergepipe.store.snapshot import Snapshot, unless_collected
 from mergepipe.store.staging import Staging
 from mergepipe.store.store import Store
 from mergepipe.store.version import TOOL
@@ -74,13 +74,14 @@ def execute(
         BadInputError: the plan does not hold for this store's objects, or was edited.
         NotFoundError: a commit of the plan is not in the store.
         BudgetError: more expert bytes were read than the budget allows; nothing is published.
-        ConflictError: the ref is a tag, or moved meanwhile.
+        ConflictError: the ref is a tag, or moved meanwhile; or an input was collected meanwhile.
     """
     started = time.monotonic()
     before = _ref_before(store, ref)
     checked = plan if isinstance(plan, CheckedPlan) else check_plan(store, plan, progress)
-    with Staging(store.layout, store.catalog) as staging:
-        staging.pin(model.snapshot.commit_id for model in checked.models)
+    inputs = [model.snapshot.commit_id for model in checked.models]
+    with unless_collected(store.layout, inputs), Staging(store.layout, store.catalog) as staging:
+        staging.pin(inputs)
         run = _open_run(store, checked, staging, device, use_cache=use_cache and device == "cpu")
         tensors = compute(run, checked.facts.tensors, workers or default_workers(), progress)
         run.finished.check()

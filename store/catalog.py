@@ -138,7 +138,7 @@ class Catalog:
                     lib_version=_ENGINE,
                 )
             except lmdb.Error:
-                if before == _lock_file(self.path):
+                if before is None or before == _lock_file(self.path):
                     raise
                 continue
             if self.read_only or (before is not None and before == _lock_file(self.path)):

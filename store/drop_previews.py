@@ -14,12 +14,13 @@ from __future__ import annotations
 import os
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from mergepipe.store.catalog import Reading, Writing
 from mergepipe.store.digest import DIGEST_BYTES, Digest
-from mergepipe.store.errors import ConflictError
+from mergepipe.store.errors import ConflictError, DamagedError, NotFoundError
 from mergepipe.store.filesystem import explain_os_error
 from mergepipe.store.frame import Kind
 from mergepipe.store.leases import is_abandoned
@@ -28,6 +29,7 @@ from mergepipe.store.usage import object_ids
 if TYPE_CHECKING:
     from mergepipe.store.store import Store
 
+_PATIENT_TRIES: Final = 4
 _FILES_A_LOCK: Final = 256  # writers wait while files are removed, so not for all of them
 
 
@@ -56,30 +58,44 @@ def drop_previews(store: Store) -> Removal:
         DamagedError: a commit's tree cannot be read, so nobody knows what it needs.
     """
     _refuse_writers(store)
-    removal = None
+    removal, tries = None, 0
     while removal is None:
+        tries += 1
         commits = _commits(store)
-        needed = _needed(store, commits)
-
-        def change(
-            view: Writing, commits: AbstractSet[Digest] = commits, needed: AbstractSet[Digest] = needed
-        ) -> Removal | None:
-            if {Digest(key) for key, _ in view.items("commits")} != commits:
-                return None  # somebody committed meanwhile: ask that one too
-            found = _removal(view, needed)
-            for digest in found.ids:
-                view.delete("objects", digest)
-                view.delete("damaged", digest)
-            for key, value in list(view.items("previews")):
-                view.delete("previews", key)
-                if value and view.get("objects", value[:DIGEST_BYTES]) is None:
-                    view.delete("damaged", value[:DIGEST_BYTES])
-            return found
-
+        try:
+            needed = _needed(store, commits)
+        except (DamagedError, NotFoundError):
+            if _commits(store) != commits:
+                continue  # a collection took a commit that was being asked
+            raise
+        change = partial(_remove_rows, store, commits, needed, patient=tries < _PATIENT_TRIES)
         removal = store.catalog.write(change)
     for start in range(0, len(removal.ids), _FILES_A_LOCK):
         _remove_files(store, removal.ids[start : start + _FILES_A_LOCK])
     return removal
+
+
+def _remove_rows(
+    store: Store, commits: AbstractSet[Digest], needed: AbstractSet[Digest], view: Writing, *, patient: bool
+) -> Removal | None:
+    """None where somebody committed meanwhile: that one must be asked too.
+
+    Where others commit all the time that would never end. So who is no longer ``patient`` asks here, and they wait.
+    """
+    now = {Digest(key) for key, _ in view.items("commits")}
+    if now != commits:
+        if patient:
+            return None
+        needed = _needed(store, now)
+    found = _removal(view, needed)
+    for digest in found.ids:
+        view.delete("objects", digest)
+        view.delete("damaged", digest)
+    for key, value in list(view.items("previews")):
+        view.delete("previews", key)
+        if value and view.get("objects", value[:DIGEST_BYTES]) is None:
+            view.delete("damaged", value[:DIGEST_BYTES])
+    return found
 
 
 def _commits(store: Store) -> set[Digest]:

@@ -6,10 +6,10 @@ among it; whatever is younger than the grace period (a writer touches what it re
 writer that is still at work relies on. A lease that cannot be judged counts as alive.
 
 *Removed* is the rest: first its rows, in one write transaction, and only if no commit and no ref came or went since the
-marking (else it is marked again); then its files, under the write lock and only where there is still no row. Rows of
-results, statistics and previews go with the blocks that they are about; the cache of results keeps nothing alive. Files
-without a row, and unfinished ones, that are older than the grace period, left by a crash, go as well. A collection that dies at any point
-leaves such files at most, and the next one removes them.
+marking (else it is marked again, in the end while all writers wait); then its files, under the write lock and only
+where there is still no row. Rows of results, statistics and previews go with the blocks that they are about; the cache
+of results keeps nothing alive. Files without a row, and unfinished ones, that are older than the grace period, left by
+a crash, go as well. A collection that dies at any point leaves such files at most, and the next one removes them.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from collections.abc import Callable, Iterator
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
@@ -39,6 +40,7 @@ if TYPE_CHECKING:
     from mergepipe.store.store import Store
 
 DEFAULT_GRACE_SECONDS: Final = 14 * 86400
+_PATIENT_TRIES: Final = 4
 _FILES_A_LOCK: Final = 256  # writers wait while files are removed, so not for all of them
 _UNFINISHED: Final = re.compile(r"(refs\.journal|store\.json)\.\d+\.part\Z")
 _HEX: Final = frozenset("0123456789abcdef")
@@ -97,7 +99,9 @@ def collect(store: Store, *, apply: bool = False, grace_seconds: float = DEFAULT
     limit = int(time.time() - grace_seconds) + 1  # in whole seconds, as ages are kept: without grace, all is old
     if apply:
         remove_abandoned(store.layout.temporary)
-    while True:
+    removed, tries = None, 0
+    while removed is None:
+        tries += 1
         before = _state_of(store)
         try:
             marked = _mark(store, limit)
@@ -105,34 +109,42 @@ def collect(store: Store, *, apply: bool = False, grace_seconds: float = DEFAULT
             if _state_of(store) != before:
                 continue  # another collection took a commit that this one was reading
             raise
-        relied = _relied_on(store)
         if not apply:
             with store.catalog.reading() as view:
-                return _report(
-                    _dead(view, marked, relied, limit), {**_stray(store, limit), **_unfinished(store, limit)}
-                )
-
-        def change(view: Writing, marked: _Marked = marked, relied: set[Digest] = relied) -> _Dead | None:
-            if _state(view) != marked.state:
-                return None  # commits or refs came or went meanwhile: mark again
-            dead = _dead(view, marked, relied | _relied_on(store), limit)
-            for commit in dead.commits:
-                view.delete("commits", commit)
-            for digest in dead.objects:
-                view.delete("objects", digest)
-                view.delete("damaged", digest)
-            for database, key in dead.rows:
-                view.delete(database, key)
-            return dead
-
-        dead = store.catalog.write(change)
-        if dead is not None:
-            break
-    _remove_files(store, [Path(store.layout.object_path(digest)) for digest in dead.objects])
+                dead = _dead(view, marked, _relied_on(store), limit)
+            return _report(dead, {**_stray(store, limit), **_unfinished(store, limit)})
+        removal = partial(_remove_rows, store, marked, _relied_on(store), limit, patient=tries < _PATIENT_TRIES)
+        removed = store.catalog.write(removal)
+    _remove_files(store, [Path(store.layout.object_path(digest)) for digest in removed.objects])
     stray = _stray(store, limit)
     _remove_files(store, list(stray))
     unfinished = store.catalog.write(lambda _: _remove_unfinished(store, limit))
-    return _report(dead, {**stray, **unfinished})
+    return _report(removed, {**stray, **unfinished})
+
+
+def _remove_rows(
+    store: Store, marked: _Marked, relied: set[Digest], limit: int, view: Writing, *, patient: bool
+) -> _Dead | None:
+    """Remove the rows of what is dead; None where it must be marked again, for something changed meanwhile.
+
+    Where others commit all the time that would never end. So who is no longer ``patient`` marks here, under the write
+    lock, and they wait.
+    """
+    if _state(view) != marked.state:
+        if patient:
+            return None
+        marked = _mark(store, limit)
+    dead = _dead(view, marked, relied | _relied_on(store), limit)
+    if any(not lease.pinned.isdisjoint(dead.commits) for lease in living_leases(store.layout.temporary)):
+        return None  # somebody began to read one of them
+    for commit in dead.commits:
+        view.delete("commits", commit)
+    for digest in dead.objects:
+        view.delete("objects", digest)
+        view.delete("damaged", digest)
+    for database, key in dead.rows:
+        view.delete(database, key)
+    return dead
 
 
 def _state_of(store: Store) -> bytes:

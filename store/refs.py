@@ -104,7 +104,10 @@ def load_commit(view: Reading, digest: Digest) -> Commit:
     """A commit by its id; raises NotFoundError, or DamagedError where the catalog's copy of it cannot be read."""
     data = view.get("commits", digest)
     if data is None:
-        raise NotFoundError(f"there is no commit {digest.short} in this store")
+        raise NotFoundError(
+            f"there is no commit {digest.short} in this store",
+            hint="`mp log` shows those that there are. One that nothing needed any more went with `mp gc`.",
+        )
     try:
         commit = decode_commit(data, f"commit {digest.short}")
         if commit.id != digest:

@@ -15,6 +15,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -208,7 +209,8 @@ def _repack_model(
             done += placed
             left += len(tally.found) - len(placed)
         for digest in taken.rows:
-            taken.file_of(digest).unlink(missing_ok=True)  # those that were left
+            with suppress(OSError):  # those that were left; what stays goes with the folder
+                taken.file_of(digest).unlink()
         advance(sum(each.row.raw_bytes for each in batch))
     before, after = _sizes(done)
     return Repacked(

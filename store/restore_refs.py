@@ -133,8 +133,14 @@ def from_catalog(old: Mapping[str, Rows], commits: Mapping[Digest, Commit]) -> R
 
 
 def _forget_strangers(restored: Restored, commits: Mapping[Digest, Commit]) -> None:
-    """Names of which no commit was ever here: another store's."""
+    """Names of another store's: no commit of their log is here, and either the ref should be, or no log has any.
+
+    A ref that was removed, and whose commits were collected since, keeps its log.
+    """
+    foreign = bool(commits) and restored.named.isdisjoint(commits)
     for name, entries in list(restored.log.items()):
+        if not foreign and name not in restored.lost:
+            continue
         if not any(digest in commits for entry in entries for digest in (entry.old, entry.new)):
             del restored.log[name]
 

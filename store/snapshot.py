@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Mapping
-from contextlib import suppress
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from functools import cached_property
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
+from mergepipe.store.catalog import open_catalog, release_catalog
 from mergepipe.store.chunking import MAXIMUM_BLOCK_BYTES
 from mergepipe.store.commits import Commit
 from mergepipe.store.digest import Digest
-from mergepipe.store.errors import BadInputError, DamagedError, MergePipeError, NotFoundError, nearest
+from mergepipe.store.errors import BadInputError, ConflictError, DamagedError, MergePipeError, NotFoundError, nearest
 from mergepipe.store.frame import Kind
+from mergepipe.store.layout import Layout
 from mergepipe.store.manifest import FileEntry, Node, Shard, TensorEntry, decode_node, walk_tensors
 from mergepipe.store.objects import ObjectReader, Role
 
@@ -26,6 +28,30 @@ if TYPE_CHECKING:
     from mergepipe.store.export import ExportResult
 
 _READ_AHEAD_BLOCKS: Final = 256
+
+
+@contextmanager
+def unless_collected(layout: Layout, commits: Iterable[Digest]) -> Iterator[None]:
+    """While commits are read: what a collection took away meanwhile is no damage.
+
+    Raises:
+        ConflictError: instead of DamagedError, where one of the commits is no longer in the store.
+    """
+    try:
+        yield
+    except DamagedError as error:
+        catalog = open_catalog(layout.catalog)
+        try:
+            with catalog.reading() as view:
+                gone = next((commit for commit in commits if view.get("commits", commit) is None), None)
+        finally:
+            release_catalog(catalog)
+        if gone is None:
+            raise
+        raise ConflictError(
+            f"commit {gone.short} went away while it was being read: no ref led to it any more, and `mp gc` took it",
+            hint="Name another ref, or ingest the checkpoint again.",
+        ) from error
 
 
 class Snapshot:
@@ -149,4 +175,5 @@ class Snapshot:
         threading.Thread(target=self._read_ahead, daemon=True).start()
         from mergepipe.store.export import export_snapshot
 
-        return export_snapshot(self, Path(directory), **options)
+        with unless_collected(self.reader.layout, [self.commit_id]):
+            return export_snapshot(self, Path(directory), **options)

@@ -18,10 +18,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
-from mergepipe.store.catalog import Writing, open_catalog, release_catalog
+from mergepipe.store.catalog import DATA, LOCK, Writing, open_catalog, release_catalog
 from mergepipe.store.chunking import DEFAULT_BLOCK_BYTES
 from mergepipe.store.commits import Commit
 from mergepipe.store.digest import Digest
+from mergepipe.store.errors import MergePipeError
 from mergepipe.store.filesystem import explain_os_error
 from mergepipe.store.layout import Layout, declare_layout, discard_layout, find_layout, prepare_layout
 from mergepipe.store.objects import ObjectReader
@@ -54,7 +55,7 @@ class Store:
         where = Path(catalog) if catalog is not None else None
         try:
             layout = prepare_layout(Path(path), block_bytes=block_bytes, catalog=where)
-            store = cls(layout, create=True)
+            store = cls._with_new_catalog(layout)
             try:
                 declare_layout(layout)
             except BaseException:
@@ -64,6 +65,18 @@ class Store:
         except OSError as error:
             raise explain_os_error(error, f"making the store {path}") from error
         return store
+
+    @classmethod
+    def _with_new_catalog(cls, layout: Layout) -> Store:
+        """Half a catalog does not stay: nobody could open it, and the store could not be made again."""
+        was_there = [(layout.catalog / name).exists() for name in (DATA, LOCK)]
+        try:
+            return cls(layout, create=True)
+        except MergePipeError:
+            for name, before in zip((DATA, LOCK), was_there, strict=True):
+                if not before:
+                    (layout.catalog / name).unlink(missing_ok=True)
+            raise
 
     @classmethod
     def open(cls, path: Path | str | None = None) -> Store:

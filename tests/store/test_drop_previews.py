@@ -7,15 +7,19 @@ from pathlib import Path
 
 import pytest
 
-from mergepipe.store import Store
+from mergepipe.store import Digest, Store
+from mergepipe.store import drop_previews as drop_module
 from mergepipe.store.analyze import analyze, lacking, level_for
 from mergepipe.store.check import verify
 from mergepipe.store.drop_previews import Removal, drop_previews, plan_removal
 from mergepipe.store.errors import ConflictError, DamagedError
 from mergepipe.store.frame import Kind
+from mergepipe.store.gc import collect
+from mergepipe.store.publish import Changes, RefUpdate, publish
+from mergepipe.store.refs import require_ref
 from mergepipe.store.staging import Staging
 from support.checkpoints import folder_bytes
-from support.family import write_family
+from support.family import base_weights, fine_tune, write_family, write_model
 from support.processes import run_python
 from support.stores import assert_clean, catalog_rows, flip_bit, object_files, object_path, objects_of, state_of
 
@@ -206,3 +210,42 @@ def test_where_nobody_knows_what_a_commit_needs(make_store: Callable[..., Store]
     with pytest.raises(DamagedError):
         drop_previews(store)
     assert state_of(store) == before
+
+
+def test_a_collection_that_takes_a_commit_meanwhile(full: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    with full.catalog.reading() as view:
+        gone = require_ref(view, "expert1")
+    original = drop_module._commits
+
+    def late(store: Store) -> set[Digest]:
+        found = original(store)
+        if not collected:
+            collected.append(True)
+            publish(store.catalog, None, Changes(refs=[RefUpdate("expert1", gone.commit, None)]))
+            collect(store, apply=True, grace_seconds=0)
+        return found
+
+    collected: list[bool] = []
+    monkeypatch.setattr(drop_module, "_commits", late)
+    assert drop_previews(full).ids
+    assert gone.commit not in original(full)
+    assert_clean(full)
+
+
+def test_it_ends_though_others_commit_all_the_time(
+    full: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After some tries it asks all commits while nobody can write."""
+    original, tries = drop_module._commits, []
+
+    def busy(store: Store) -> set[Digest]:
+        found = original(store)
+        tries.append(True)
+        weights = fine_tune(base_weights(), 50 + len(tries))
+        store.ingest([write_model(tmp_path / f"new{len(tries)}", weights)], base="base")
+        return found
+
+    monkeypatch.setattr(drop_module, "_commits", busy)
+    assert drop_previews(full).ids
+    assert 1 < len(tries) < 10
+    assert_clean(full)

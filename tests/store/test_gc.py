@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import shutil
 import time
+from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,7 +17,7 @@ from mergepipe.store import Digest, Store
 from mergepipe.store import gc as gc_module
 from mergepipe.store.catalog import Writing
 from mergepipe.store.commits import default_author
-from mergepipe.store.errors import DamagedError, UsageError
+from mergepipe.store.errors import ConflictError, DamagedError, UsageError
 from mergepipe.store.frame import Encoding, Kind
 from mergepipe.store.gc import Collection, collect, parse_age
 from mergepipe.store.leases import reading
@@ -356,3 +358,75 @@ def test_a_budget_still_holds_after(full: Store) -> None:
     result = execute(full, plan, "small")
     assert result.expert_bytes_read == plan.costs.expert_bytes > 0
     assert any(tensor.previews for tensor in plan.tensors.values())
+
+
+def test_a_collection_ends_though_others_commit_all_the_time(full: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    """After some tries it marks while all writers wait."""
+    commit = full.resolve("expert0")
+    remove(full, "merged")
+    original = gc_module._relied_on
+    tries = []
+
+    def busy(store: Store) -> set[Digest]:
+        if not in_transaction:
+            tries.append(True)
+            publish(store.catalog, None, Changes(refs=[RefUpdate(f"new/{len(tries)}", None, commit)]))
+        return original(store)
+
+    in_transaction: list[bool] = []
+    write = full.catalog.write
+
+    def noted(change: Callable[[Writing], object]) -> object:
+        in_transaction.append(True)
+        try:
+            return write(change)
+        finally:
+            in_transaction.pop()
+
+    monkeypatch.setattr(gc_module, "_relied_on", busy)
+    monkeypatch.setattr(full.catalog, "write", noted)
+    assert collect(full, apply=True, grace_seconds=0).commits == 1
+    assert 1 < len(tries) < 10
+    monkeypatch.undo()
+    assert_clean(full)
+
+
+def test_a_reader_that_begins_while_it_marks(full: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    commit = full.resolve("merged")
+    remove(full, "merged")
+    original = gc_module._relied_on
+    with ExitStack() as held:
+
+        def late(store: Store) -> set[Digest]:
+            held.enter_context(reading(store.layout.temporary, [commit]))
+            monkeypatch.setattr(gc_module, "_relied_on", original)
+            return original(store)
+
+        monkeypatch.setattr(gc_module, "_relied_on", late)
+        assert nothing(collect(full, apply=True, grace_seconds=0))
+        assert full.commit(commit)
+    assert collect(full, apply=True, grace_seconds=0).commits == 1
+
+
+def test_what_a_killed_writer_was_writing_goes(full: Store) -> None:
+    root = full.layout.root
+    names = ("refs.journal.77.part", "store.json.77.part")
+    for name in (*names, "notes.77.part"):
+        (root / name).write_bytes(b"half")
+    assert collect(full, apply=True).stray_files == 0  # young
+    assert collect(full, grace_seconds=0).stray_bytes == 8
+    assert collect(full, apply=True, grace_seconds=0).stray_files == 2
+    assert not any((root / name).exists() for name in names)
+    assert (root / "notes.77.part").exists()
+    assert (root / "refs.journal").exists()
+
+
+def test_an_export_of_what_was_collected_meanwhile(full: Store, tmp_path: Path) -> None:
+    snapshot = full.snapshot("merged")
+    assert snapshot.tensors
+    remove(full, "merged")
+    collect(full, apply=True, grace_seconds=0)
+    with pytest.raises(ConflictError, match="went away while it was being read") as caught:
+        snapshot.export(tmp_path / "out")
+    assert caught.value.hint
+    assert not (tmp_path / "out").exists()

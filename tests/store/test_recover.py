@@ -18,10 +18,12 @@ from mergepipe.store import Digest, Store
 from mergepipe.store.catalog import DATABASES
 from mergepipe.store.errors import ConflictError, DamagedError, EnvironmentalError
 from mergepipe.store.frame import Encoding, Kind
+from mergepipe.store.gc import collect
 from mergepipe.store.journal import MOVE, Entry, _check, _line
 from mergepipe.store.layout import read_layout
 from mergepipe.store.publish import Changes, RefUpdate, publish
 from mergepipe.store.recover import Recovery, recover
+from mergepipe.store.refs import all_refs
 from mergepipe.store.staging import Staging
 from support.checkpoints import folder_bytes
 from support.family import base_weights, fine_tune, write_family, write_model
@@ -222,6 +224,24 @@ class TestHealthy:
         }  # fmt: skip
         recovered(root)
         assert_as_before(root, template, tmp_path)
+
+    @pytest.mark.parametrize("gone", [["v1", "merged"], None])
+    def test_logs_of_refs_whose_commits_were_collected(self, root: Path, gone: list[str] | None) -> None:
+        """They are no other store's: nothing is to be recovered, and where the catalog is lost they come back."""
+        with Store.open(root) as store:
+            with store.catalog.reading() as view:
+                refs = {ref.name: ref for ref in all_refs(view)}
+            for name in refs if gone is None else [name for name in gone if name in refs]:
+                move_ref(store, name, refs[name].commit, None, refs[name].kind)
+            assert collect(store, apply=True, grace_seconds=0).commits
+        before = rows_of(root)
+        assert not recovered(root).is_needed
+        data_file(root).unlink()
+        recovered(root)
+        after = rows_of(root)
+        assert {name: after[name] for name in ("refs", "reflog", "commits")} == {
+            name: before[name] for name in ("refs", "reflog", "commits")
+        }
 
     def test_a_dry_run_writes_nothing(self, root: Path) -> None:
         for harm in (lambda: None, lambda: data_file(root).write_bytes(b"x"), lambda: data_file(root).unlink()):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
@@ -422,6 +423,19 @@ class TestWhatGoesWrong:
         family.check(tmp_path / "out")
         run(family.store)
         assert encodings(family.store, "expert0") == {Encoding.DELTA}
+        family.check(tmp_path / "out")
+
+    def test_the_system_refuses_to_remove_what_was_left(
+        self, family: Family, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """It is done by then; what stays goes with the writer's folder."""
+
+        def fail(*_: object, **__: object) -> None:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+        with monkeypatch.context() as patched:
+            patched.setattr(os, "unlink", fail)
+            assert any(each.replaced for each in run(family.store))
         family.check(tmp_path / "out")
 
     def test_a_map_that_grows_in_the_middle(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,7 +13,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from mergepipe.store import Digest, Store
+from mergepipe.store import Digest, Store, leases
 from mergepipe.store.digest import hash_bytes, hash_record
 from mergepipe.store.frame import HEADER_BYTES, Encoding, Kind, check_matches, unpack_header
 from mergepipe.store.leases import is_abandoned, remove_abandoned, write_lease
@@ -212,6 +213,51 @@ class TestLeases:
         assert remove_abandoned(top) == 1
         assert sorted(path.name for path in top.iterdir()) == ["alive", "file", "link", "unknown"]
         assert remove_abandoned(top / "missing") == 0
+
+
+class TestFolders:
+    """A folder has its name only while its lease is in it, so that whoever dies leaves none that nobody can judge."""
+
+    def test_one_that_is_half_made_is_nobodys(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        seen: list[str] = []
+
+        def dies(folder: Path) -> None:
+            seen.append(folder.name)
+            raise KeyboardInterrupt
+
+        monkeypatch.setattr(leases, "write_lease", dies)
+        with pytest.raises(KeyboardInterrupt):
+            leases.make_folder(tmp_path)
+        (left,) = tmp_path.iterdir()
+        assert [left.name] == seen
+        assert is_abandoned(left)
+        assert not leases.living_leases(tmp_path)
+        assert remove_abandoned(tmp_path) == 0  # somebody may be making it now
+        then = time.time() - 100
+        os.utime(left, (then, then))
+        assert remove_abandoned(tmp_path) == 1
+        assert not list(tmp_path.iterdir())
+
+    def test_one_that_is_half_removed_is_nobodys(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        folder = leases.make_folder(tmp_path)
+        assert not is_abandoned(folder)
+        with monkeypatch.context() as patched:
+            patched.setattr(leases.shutil, "rmtree", lambda *_, **__: None)
+            leases.remove_folder(folder)
+        (left,) = tmp_path.iterdir()
+        assert left.name == f".{folder.name}"
+        assert is_abandoned(left)
+        leases.remove_folder(left)
+        assert not list(tmp_path.iterdir())
+
+    def test_no_room(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        def fails(_: Path) -> None:
+            raise OSError(28, "full")
+
+        monkeypatch.setattr(leases, "write_lease", fails)
+        with pytest.raises(OSError, match="full"):
+            leases.make_folder(tmp_path)
+        assert not list(tmp_path.iterdir())
 
 
 def abandon(folder: Path) -> None:

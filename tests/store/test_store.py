@@ -12,6 +12,7 @@ import pytest
 
 import mergepipe.store
 from mergepipe.store import Digest, Store, filesystem
+from mergepipe.store import store as store_module
 from mergepipe.store.errors import ConflictError, DamagedError, EnvironmentalError, NotFoundError
 from support.checkpoints import random_tensor, write_checkpoint
 from support.processes import run_python
@@ -176,3 +177,40 @@ def read_only() -> object:
 
 def test_the_package_says_what_it_is() -> None:
     assert set(mergepipe.store.__all__) == {"VERSION", "Digest", "MergePipeError", "Snapshot", "Store"}
+
+
+class TestMaking:
+    def test_one_that_died_before_its_settings_is_no_store(self, tmp_path: Path) -> None:
+        """The catalog is there before them, so that no store is ever without."""
+        run_python(
+            """
+            import os, sys
+            from mergepipe.store import Store, store
+            store.declare_layout = lambda layout: os._exit(9)
+            Store.create(sys.argv[1])
+            """,
+            tmp_path / "s", expect=9,
+        )  # fmt: skip
+        assert (tmp_path / "s" / "catalog" / "data.mdb").exists()
+        with pytest.raises(NotFoundError):
+            Store.open(tmp_path / "s")
+        Store.create(tmp_path / "s").close()
+        with Store.open(tmp_path / "s") as store:
+            assert_clean(store)
+
+    @pytest.mark.parametrize("call", ["prepare_layout", "open_catalog", "declare_layout"])
+    def test_one_that_could_not_be_made_can_be_made_again(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: str
+    ) -> None:
+        def fail(*_: object, **__: object) -> None:
+            if call == "open_catalog":
+                (tmp_path / "s" / "catalog" / "data.mdb").write_bytes(b"half")
+                raise EnvironmentalError("the disk is full")
+            raise OSError(28, "full")
+
+        with monkeypatch.context() as patched:
+            patched.setattr(store_module, call, fail)
+            with pytest.raises(EnvironmentalError, match="the disk is full"):
+                Store.create(tmp_path / "s")
+        Store.create(tmp_path / "s").close()
+        Store.open(tmp_path / "s").close()

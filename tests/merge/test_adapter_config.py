@@ -101,7 +101,7 @@ def test_configurations_that_cannot_be_honoured(read: AdapterFiles) -> None:
         (b"[]", "no JSON object"),
         (b'{"r": 1, "r": 2}', "stands twice"),
         (json.dumps({**CONFIG, "lora_alpha": math.nan}).encode(), "NaN is not JSON"),
-        (json.dumps(CONFIG).replace("6", "1e999").encode(), "lora_alpha is inf"),
+        (json.dumps(CONFIG).replace("6", "1e999").encode(), "1e999 is more than a number can be"),
         (b" " * (11 << 20), "more than 10 MiB"),
     ],
 )

@@ -61,7 +61,8 @@ def test_hostile_bytes(
     record_property(PROPERTY, json.dumps(result))
     assert not result["failures"], "\n\n".join(result["failures"])
     assert sum(result["outcomes"].values()) == count
-    assert len(result["outcomes"]) > 1, "nothing was refused, or everything was for one reason"
+    if count >= 50:  # of a few, all may end alike
+        assert len(result["outcomes"]) > 1, "nothing was refused, or everything was for one reason"
 
 
 def fuzz(zoo: Path, work: Path, kind: str, count: int) -> dict[str, Any]:

@@ -22,12 +22,13 @@ from mergepipe.merge.facts import TensorFacts
 from mergepipe.merge.holding import ALL_HELD_BYTES, fits_in_memory, held_bytes
 from mergepipe.merge.job import Job
 from mergepipe.merge.levels import Previews, blocks_at, previews_of, virtual_previews
+from mergepipe.merge.loaded import Loaded
 from mergepipe.merge.method import Coefficients, Method
 from mergepipe.merge.passes import Totals, fingerprint, measure_place, recall_all, remember
 from mergepipe.merge.plan import Plan, TensorPlan
 from mergepipe.merge.planner import computed_everywhere, needs_passes
 from mergepipe.merge.streams import Barrier, Stream, run_streams
-from mergepipe.merge.tiles import Bench, Loaded, load, merge_tiles
+from mergepipe.merge.tiles import Bench, load, merge_tiles
 from mergepipe.store.canonical import dump_canonical
 from mergepipe.store.chunking import block_elements
 from mergepipe.store.convert import convert_block

@@ -20,8 +20,9 @@ from numpy.typing import NDArray
 from mergepipe.merge.facts import Settle, TensorFacts
 from mergepipe.merge.inputs import Model, virtual_blocks
 from mergepipe.merge.job import Job
+from mergepipe.merge.loaded import Loaded
 from mergepipe.merge.method import Coefficients, Method, Pass, Problem
-from mergepipe.merge.tiles import Bench, Loaded, load, tiles
+from mergepipe.merge.tiles import Bench, load, tiles
 from mergepipe.store.canonical import dump_canonical
 from mergepipe.store.catalog import Reading
 from mergepipe.store.digest import Digest, hash_bytes, hash_record

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Final
 
@@ -12,7 +11,8 @@ from numpy.typing import NDArray
 
 from mergepipe.merge.inputs import Virtual
 from mergepipe.merge.job import Job
-from mergepipe.merge.method import Coefficients, Looks, Method, Stack, Tile
+from mergepipe.merge.loaded import Loaded, Part, Pool
+from mergepipe.merge.method import Coefficients, Method, Tile
 from mergepipe.store.base_block import BaseBlock
 from mergepipe.store.catalog import Catalog
 from mergepipe.store.codecs import Bytes, scratch
@@ -21,7 +21,7 @@ from mergepipe.store.digest import Digest
 from mergepipe.store.dtypes import DType
 from mergepipe.store.errors import DamagedError
 from mergepipe.store.objects import ObjectReader, Role
-from mergepipe.store.previews import CODES_START, Preview, content_size, read_preview
+from mergepipe.store.previews import Preview, content_size, read_preview
 from mergepipe.store.statistics import to_float32
 
 if TYPE_CHECKING:
@@ -29,115 +29,12 @@ if TYPE_CHECKING:
 
 _CACHE_BYTES: Final = 512 << 10  # the float32 tiles of all experts together stay in a core's second-level cache
 _LEAST_ELEMENTS: Final = 8 << 10
-_MOST_FREE_BYTES: Final = 96 << 20
 _STEP: Final = 1024
-
-
-@dataclass(frozen=True, slots=True)
-class Part:
-    """One expert's block, decoded. ``virtual``: ``block`` or ``preview`` is what that is computed from, and ``onto``
-    what it is added to, where that is not the reference's block."""
-
-    dtype: DType
-    block: Bytes | None
-    virtual: Virtual | None = None
-    onto: Bytes | None = None
-    preview: Preview | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class Loaded:
-    """A place's inputs, decoded. ``root``: what a delta of the result may be stored against.
-
-    A part that is None is the reference's own block. ``stack``: where all are bfloat16 and lie in the store, their
-    blocks as one array (K, elements); the parts' blocks are then its rows, but for those of which the preview was read.
-    """
-
-    base: Bytes
-    base_type: DType
-    root: tuple[Digest, Bytes]
-    parts: tuple[Part | None, ...]
-    stack: NDArray[np.uint16] | None = None
-
-    @property
-    def present(self) -> NDArray[np.bool_]:
-        """Which experts have a block of their own, (K,)."""
-        return np.array([part is not None and part.block is not None for part in self.parts], np.bool_)
-
-    def arrays(self) -> Iterator[Bytes]:
-        """The memory of a held place, each array at least once."""
-        yield self.base
-        yield self.root[1]
-        if self.stack is not None:
-            yield self.stack.reshape(-1).view(np.uint8)
-        else:
-            for part in self.parts:
-                if part is not None:
-                    yield from (block for block in (part.block, part.onto) if block is not None)
-
-    def as_stack(self) -> Stack | None:
-        """The whole block for methods that have a short way for it."""
-        if self.stack is None:
-            return None
-        base = self.base.view("<u2")
-        return Stack(self.stack, self.present, base, self._looks(base.size) or _no_looks(len(self.parts)))
-
-    def _looks(self, elements: int) -> Looks | None:
-        """The previews that were read, side by side, as :func:`load` laid them."""
-        found = [(number, part.preview) for number, part in enumerate(self.parts) if part and part.preview]
-        if not found:
-            return None
-        count = len(self.parts)
-        coarse = np.zeros(count, np.bool_)
-        scales = scratch.bytes("scales", count * found[0][1].scales.size * 4).view(np.float32).reshape(count, -1)
-        for number, preview in found:
-            coarse[number] = True
-            scales[number] = preview.scales
-        size = content_size(elements)
-        contents = scratch.bytes("previews", count * size).reshape(count, size)
-        return Looks(coarse, contents, CODES_START, scales)
-
-    def without(self, unread: Collection[int]) -> Loaded:
-        """The same place as if these experts had not been read."""
-        parts = tuple(None if number in unread else part for number, part in enumerate(self.parts))
-        return replace(self, parts=parts)
-
-
-def _no_looks(experts: int) -> Looks:
-    nothing = np.empty((experts, 0), np.uint8)
-    return Looks(np.zeros(experts, np.bool_), nothing, 0, nothing.view(np.float32))
 
 
 def apply_here(method: Method, tile: Tile, coefficients: Coefficients, out: NDArray[np.float32]) -> None:
     """Apply a method to a tile on this processor."""
     method.apply(tile, coefficients, out)
-
-
-class Pool:
-    """Memory for what is held: fresh arrays cost a page fault for every 4 KiB, so those given back are used again."""
-
-    def __init__(self) -> None:
-        self._free: dict[int, list[Bytes]] = {}
-        self._free_bytes = 0
-        self._lock = threading.Lock()
-
-    def take(self, size: int) -> Bytes:
-        """``size`` bytes, with anything in them."""
-        with self._lock:
-            free = self._free.get(size)
-            if free:
-                self._free_bytes -= size
-                return free.pop()
-        return np.empty(size, np.uint8)
-
-    def give(self, loaded: Loaded) -> None:
-        """Take back what a held place has; nobody looks at it any more."""
-        arrays = {id(array): array for array in loaded.arrays()}
-        with self._lock:
-            for array in arrays.values():
-                if self._free_bytes + array.nbytes <= _MOST_FREE_BYTES:
-                    self._free_bytes += array.nbytes
-                    self._free.setdefault(array.nbytes, []).append(array)
 
 
 @dataclass(slots=True)

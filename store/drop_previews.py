@@ -21,8 +21,8 @@ from typing import TYPE_CHECKING, Final
 from mergepipe.store.catalog import Reading, Writing
 from mergepipe.store.digest import DIGEST_BYTES, Digest
 from mergepipe.store.errors import ConflictError, DamagedError, NotFoundError
-from mergepipe.store.filesystem import explain_os_error
 from mergepipe.store.frame import Kind
+from mergepipe.store.gc import remove_files
 from mergepipe.store.leases import is_abandoned
 from mergepipe.store.usage import object_ids
 
@@ -30,7 +30,6 @@ if TYPE_CHECKING:
     from mergepipe.store.store import Store
 
 _PATIENT_TRIES: Final = 4
-_FILES_A_LOCK: Final = 256  # writers wait while files are removed, so not for all of them
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,8 +69,7 @@ def drop_previews(store: Store) -> Removal:
             raise
         change = partial(_remove_rows, store, commits, needed, patient=tries < _PATIENT_TRIES)
         removal = store.catalog.write(change)
-    for start in range(0, len(removal.ids), _FILES_A_LOCK):
-        _remove_files(store, removal.ids[start : start + _FILES_A_LOCK])
+    remove_files(store, [Path(store.layout.object_path(digest)) for digest in removal.ids])
     return removal
 
 
@@ -127,18 +125,6 @@ def _removal(view: Reading, needed: AbstractSet[Digest]) -> Removal:
             ids.append(Digest(key))
             freed += row.stored_bytes
     return Removal(tuple(ids), freed, view.count("previews"))
-
-
-def _remove_files(store: Store, ids: tuple[Digest, ...]) -> None:
-    def remove(view: Writing) -> None:
-        for digest in ids:
-            if view.object_row(digest) is None:  # else it was made again meanwhile
-                Path(store.layout.object_path(digest)).unlink(missing_ok=True)
-
-    try:
-        store.catalog.write(remove)
-    except OSError as error:
-        raise explain_os_error(error, "removing previews") from error
 
 
 def _refuse_writers(store: Store) -> None:

@@ -17,7 +17,7 @@ from __future__ import annotations
 import os
 import re
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -115,9 +115,9 @@ def collect(store: Store, *, apply: bool = False, grace_seconds: float = DEFAULT
             return _report(dead, {**_stray(store, limit), **_unfinished(store, limit)})
         removal = partial(_remove_rows, store, marked, _relied_on(store), limit, patient=tries < _PATIENT_TRIES)
         removed = store.catalog.write(removal)
-    _remove_files(store, [Path(store.layout.object_path(digest)) for digest in removed.objects])
+    remove_files(store, [Path(store.layout.object_path(digest)) for digest in removed.objects])
     stray = _stray(store, limit)
-    _remove_files(store, list(stray))
+    remove_files(store, list(stray))
     unfinished = store.catalog.write(lambda _: _remove_unfinished(store, limit))
     return _report(removed, {**stray, **unfinished})
 
@@ -336,10 +336,10 @@ def _remove_unfinished(store: Store, limit: int) -> dict[Path, int]:
     return found
 
 
-def _remove_files(store: Store, paths: list[Path]) -> None:
+def remove_files(store: Store, paths: Sequence[Path]) -> None:
     """Remove object files, but for those that have a row again: somebody may have written them anew."""
 
-    def removal(batch: list[Path]) -> Callable[[Writing], None]:
+    def removal(batch: Sequence[Path]) -> Callable[[Writing], None]:
         def remove(view: Writing) -> None:
             for path in batch:
                 if view.get("objects", bytes.fromhex(path.parent.name + path.name)) is None:

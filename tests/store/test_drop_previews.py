@@ -159,13 +159,13 @@ def test_one_that_was_made_again_meanwhile_keeps_its_file(full: Store, monkeypat
     before = state_of(full)
     from mergepipe.store import drop_previews as module
 
-    remove = module._remove_files
+    remove = module.remove_files
 
     def late(store: Store, ids: tuple[object, ...]) -> None:
         make_again(store)
         remove(store, ids)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(module, "_remove_files", late)
+    monkeypatch.setattr(module, "remove_files", late)
     drop_previews(full)
     assert state_of(full) == before
     assert_clean(full)

@@ -259,7 +259,7 @@ def test_killed_at_any_step(full: Store, step: str, tmp_path: Path) -> None:
         if step == "mark":
             gc._state = lambda view: os._exit(9)
         elif step == "rows":
-            gc._remove_files = lambda *_: os._exit(9)
+            gc.remove_files = lambda *_: os._exit(9)
         else:
             from pathlib import Path
             unlink, count = Path.unlink, [0]

@@ -480,28 +480,11 @@ STEPS = {
     "in the second batch": ("replace.os.replace", ">", 14),
 }
 REPACKERS = """
-    import importlib, json, os, sys
+    import json, os, sys
     from mergepipe.store import Store
+    from support.processes import die_at
     import mergepipe.store.repack as repack
     repack._BATCH_BLOCKS = 12
-
-    def die_at(name, side, number):
-        module, _, attribute = name.partition(".")
-        owner = importlib.import_module("mergepipe.store." + module)
-        *owners, attribute = attribute.split(".")
-        for each in owners:
-            owner = getattr(owner, each)
-        original, calls = getattr(owner, attribute), 0
-        def dying(*arguments, **named):
-            nonlocal calls
-            calls += 1
-            if calls == number and side == "<":
-                os._exit(77)
-            result = original(*arguments, **named)
-            if calls == number and side == ">":
-                os._exit(77)
-            return result
-        setattr(owner, attribute, dying)
 
     warm, *roots = sys.argv[2:]
     with Store.open(warm) as store:

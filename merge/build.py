@@ -16,14 +16,14 @@ from mergepipe.merge.measure import measure_missing
 from mergepipe.merge.method import Method, Value
 from mergepipe.merge.methods import find_method
 from mergepipe.merge.passes import kept_settle, settle_all
-from mergepipe.merge.plan import Bound, Costs, Input, Plan
+from mergepipe.merge.plan import Bound, Costs, Input, Plan, commits_of
 from mergepipe.merge.planner import full_bytes, make_plan
 from mergepipe.store.convert import check_conversion
 from mergepipe.store.digest import Digest
 from mergepipe.store.dtypes import DTYPES
 from mergepipe.store.errors import UsageError
 from mergepipe.store.parallel import Progress
-from mergepipe.store.snapshot import Snapshot
+from mergepipe.store.snapshot import Snapshot, being_read
 from mergepipe.store.store import Store
 
 _KINDS = {"model": "model", "adapter": "adapter", "task_vector": "task_vector"}
@@ -101,6 +101,7 @@ def plan_merge(
         UsageError: an unknown method or parameter, or a value out of its range.
         BadInputError: an expert does not fit the base.
         BudgetError: the budget cannot be met.
+        ConflictError: a commit was collected meanwhile.
     """
     if not experts:
         raise UsageError("a merge needs at least one expert", hint="Add --expert REF:WEIGHT.")
@@ -116,18 +117,21 @@ def plan_merge(
         _check_whole(inputs)
     origin = Input(store.resolve(base), base) if base is not None else common_base(store, inputs)
     target = check_conversion(dtype).name if dtype is not None else None
-    opened = {item.commit: store.snapshot_of(item.commit) for item in (origin, *inputs)}
-    origin, inputs = _with_common_rows(store, origin, inputs, opened, notes)
-    draft = draft_of(origin, inputs, found, settled, target, based=based)
-    models = open_models(store, draft.models, opened)
-    tensors: dict[str, tuple[int, tuple[str, ...] | None]] = dict.fromkeys(models[0].tensors, (0, None))
-    if allow_missing:
-        draft, tensors = _without_missing(draft, models, found)
-    if draft.complete:
-        tensors = {name: tensors[name] for name in in_order(tensors)}
-    jobs = jobs_from(models, draft.settings, tensors)
-    limits = budget or Budget()
-    checked = plan_jobs(store, draft, models, jobs, found, limits, "exact" not in given, progress, previews=previews)
+    with being_read(store.layout, commits_of((origin, *inputs))):
+        opened = {item.commit: store.snapshot_of(item.commit) for item in (origin, *inputs)}
+        origin, inputs = _with_common_rows(store, origin, inputs, opened, notes)
+        draft = draft_of(origin, inputs, found, settled, target, based=based)
+        models = open_models(store, draft.models, opened)
+        tensors: dict[str, tuple[int, tuple[str, ...] | None]] = dict.fromkeys(models[0].tensors, (0, None))
+        if allow_missing:
+            draft, tensors = _without_missing(draft, models, found)
+        if draft.complete:
+            tensors = {name: tensors[name] for name in in_order(tensors)}
+        jobs = jobs_from(models, draft.settings, tensors)
+        limits = budget or Budget()
+        checked = plan_jobs(
+            store, draft, models, jobs, found, limits, "exact" not in given, progress, previews=previews
+        )
     if notes is not None:
         notes += preview_notes(checked.facts, found, previews=previews)
     return checked.plan

@@ -8,7 +8,8 @@ from __future__ import annotations
 import resource
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 from mergepipe.merge.bench import open_bench
@@ -17,11 +18,12 @@ from mergepipe.merge.checked import CheckedPlan
 from mergepipe.merge.checkpoints import Finished
 from mergepipe.merge.files import result_files
 from mergepipe.merge.inputs import virtual_blocks
-from mergepipe.merge.plan import Input, Plan
+from mergepipe.merge.levels import previews_of
+from mergepipe.merge.plan import Input, Plan, commits_of
 from mergepipe.merge.validate import check_plan
 from mergepipe.store.commits import Commit, Parent, default_author, timestamp_now
 from mergepipe.store.digest import Digest
-from mergepipe.store.errors import BudgetError, ConflictError
+from mergepipe.store.errors import BudgetError, ConflictError, DamagedError, NotFoundError
 from mergepipe.store.frame import Kind
 from mergepipe.store.manifest import TensorEntry, build_tree
 from mergepipe.store.objects import ObjectReader, Role
@@ -74,13 +76,17 @@ def execute(
         BadInputError: the plan does not hold for this store's objects, or was edited.
         NotFoundError: a commit of the plan is not in the store.
         BudgetError: more expert bytes were read than the budget allows; nothing is published.
-        ConflictError: the ref is a tag, or moved meanwhile; or an input was collected meanwhile.
+        ConflictError: the ref is a tag, or moved meanwhile; or an input was collected meanwhile, or a preview dropped.
     """
     started = time.monotonic()
     before = _ref_before(store, ref)
     checked = plan if isinstance(plan, CheckedPlan) else check_plan(store, plan, progress)
-    inputs = [model.snapshot.commit_id for model in checked.models]
-    with unless_collected(store.layout, inputs), Staging(store.layout, store.catalog) as staging:
+    inputs = commits_of(checked.plan.models)
+    with (
+        _unless_dropped(store, checked),
+        unless_collected(store.layout, inputs),
+        Staging(store.layout, store.catalog) as staging,
+    ):
         staging.pin(inputs)
         run = _open_run(store, checked, staging, device, use_cache=use_cache and device == "cpu")
         tensors = compute(run, checked.facts.tensors, workers or default_workers(), progress)
@@ -113,6 +119,24 @@ def execute(
             peak_memory_bytes=peak_memory_bytes(),
             unchanged=unchanged,
         )
+
+
+@contextmanager
+def _unless_dropped(store: Store, checked: CheckedPlan) -> Iterator[None]:
+    """Raises ConflictError, and not DamagedError, where previews that the plan reads were dropped meanwhile."""
+    try:
+        yield
+    except DamagedError as error:
+        tensors = [(facts, checked.plan.tensors.get(facts.name)) for facts in checked.facts.tensors]
+        levels = [previews_of(facts, planned) for facts, planned in tensors if planned is not None]
+        wanted = {preview for level in levels for expert in level for preview in expert.values()}
+        with store.catalog.reading() as view:
+            if all(view.get("objects", preview) is not None for preview in wanted):
+                raise
+        raise ConflictError(
+            "previews that the plan reads were dropped meanwhile, by `mp gc --previews`",
+            hint="Make the plan again, or the previews: mp analyze EXPERT --previews",
+        ) from error
 
 
 def _open_run(store: Store, checked: CheckedPlan, staging: Staging, device: str, *, use_cache: bool) -> Run:
@@ -181,7 +205,10 @@ def _measured(run: Run, tensors: Mapping[str, TensorEntry]) -> dict[str, int]:
 
 def _is_result(store: Store, commit: Digest, tree: Digest, plan: Digest) -> bool:
     """Whether a commit is this very result of this very plan already."""
-    found = store.commit(commit)
+    try:
+        found = store.commit(commit)
+    except NotFoundError:  # the ref went away meanwhile, and the commit with it: publication will say so
+        return False
     return found.tree == tree and found.plan == plan
 
 

@@ -15,7 +15,7 @@ from mergepipe.merge.inputs import Model, open_models
 from mergepipe.merge.job import Setting
 from mergepipe.merge.method import Method, Parameter
 from mergepipe.merge.methods import find_method
-from mergepipe.merge.plan import Input, Plan
+from mergepipe.merge.plan import Input, Plan, commits_of
 from mergepipe.merge.recipe import Document, ModelReference, Outline, OutputTensor
 from mergepipe.merge.recipe.nodes import shown
 from mergepipe.merge.recipe.outline import check_parameters, outline
@@ -23,6 +23,7 @@ from mergepipe.merge.recipe.settings import Setting as ScopedSetting
 from mergepipe.merge.recipe_models import Found, align_vocabularies, find_models
 from mergepipe.store.errors import BadInputError, UsageError
 from mergepipe.store.parallel import Progress
+from mergepipe.store.snapshot import being_read
 
 _METHODS: Final = "`mp methods` lists the methods, `mp methods NAME` describes one."
 
@@ -43,22 +44,25 @@ def plan_document(
     Raises:
         BadInputError: what the document asks for cannot be done; the message names the file and the line.
         BudgetError: the budget cannot be met.
+        ConflictError: a commit was collected meanwhile.
     """
     method = check_document(document)
     inputs = align_vocabularies(found, document, find_models(found, document))
     base, experts, numbers = _models(found, document, method, inputs)
-    models = open_models(found.store, (base, *experts), found.opened)
-    names = {reference: list(models[numbers.of(reference)].tensors) for reference in document.models_used()}
-    what = outline(document, names, *_parameter_names(method))
     try:
-        assembly = _Assembly(document, method, models, numbers, what, allow_missing)
-        assembly.all()
-        draft = assembly.draft(base, experts)
-        jobs = jobs_from(models, draft.settings, {name: assembly.tensors[name] for name in in_order(assembly.tensors)})
-        approximate = "exact" not in document.parameters
-        return plan_jobs(
-            found.store, draft, models, jobs, method, budget, approximate, progress, previews=previews
-        )  # fmt: skip
+        with being_read(found.store.layout, commits_of((base, *experts))):
+            models = open_models(found.store, (base, *experts), found.opened)
+            names = {reference: list(models[numbers.of(reference)].tensors) for reference in document.models_used()}
+            what = outline(document, names, *_parameter_names(method))
+            assembly = _Assembly(document, method, models, numbers, what, allow_missing)
+            assembly.all()
+            draft = assembly.draft(base, experts)
+            tensors = {name: assembly.tensors[name] for name in in_order(assembly.tensors)}
+            jobs = jobs_from(models, draft.settings, tensors)
+            approximate = "exact" not in document.parameters
+            return plan_jobs(
+                found.store, draft, models, jobs, method, budget, approximate, progress, previews=previews
+            )  # fmt: skip
     except UsageError as error:
         raise document.place.error(error.message, error.hint or _METHODS) from error
 

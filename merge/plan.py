@@ -8,7 +8,7 @@ plan from a file is read as hostile input: every field is checked, unknown ones 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
@@ -46,6 +46,11 @@ class Input:
             "kind": self.kind,
             "onto": self.onto.hex() if self.onto else None,
         }
+
+
+def commits_of(inputs: Iterable[Input]) -> list[Digest]:
+    """All commits that inputs are read from: their own, and those that adapters go onto."""
+    return [commit for item in inputs for commit in (item.commit, item.onto) if commit is not None]
 
 
 @dataclass(frozen=True, slots=True)

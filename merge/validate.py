@@ -15,11 +15,12 @@ from mergepipe.merge.facts import Facts
 from mergepipe.merge.inputs import open_models
 from mergepipe.merge.method import Method, Value
 from mergepipe.merge.methods import find_method
-from mergepipe.merge.plan import Plan
+from mergepipe.merge.plan import Plan, commits_of
 from mergepipe.merge.planner import complete, everything, items_of_model
 from mergepipe.store.dtypes import DTYPES
 from mergepipe.store.errors import BadInputError, BudgetError, UsageError
 from mergepipe.store.parallel import Progress
+from mergepipe.store.snapshot import being_read
 from mergepipe.store.store import Store
 
 _AGAIN = "The plan was edited, or made for other objects. Make it again with `mp plan`."
@@ -35,14 +36,16 @@ def check_plan(store: Store, plan: Plan, progress: Progress | None = None) -> Ch
         NotFoundError: a commit is not in this store.
         BadInputError: anything in the plan is not what follows from its own commits, method and reads.
         BudgetError: its reads cost more than its budget, or leave out what no bound exists for.
+        ConflictError: a commit was collected meanwhile.
     """
     try:
         method = _check_method(plan)
         _check_head(plan)
-        models = open_models(store, plan.models)
-        bounded = plan.bound.update is not None
-        jobs = jobs_of(models, plan)
-        facts = facts_of(store, models, jobs, plan.settings, method, bounded=bounded, progress=progress)
+        with being_read(store.layout, commits_of(plan.models)):
+            models = open_models(store, plan.models)
+            bounded = plan.bound.update is not None
+            jobs = jobs_of(models, plan)
+            facts = facts_of(store, models, jobs, plan.settings, method, bounded=bounded, progress=progress)
         here = _check_derived(plan, facts, method)
     except UsageError as error:
         raise BadInputError(error.message, hint=error.hint or _AGAIN) from error

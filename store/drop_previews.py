@@ -80,6 +80,7 @@ def _remove_rows(
 
     Where others commit all the time that would never end. So who is no longer ``patient`` asks here, and they wait.
     """
+    _refuse_writers(store)  # again: one may have begun since
     now = {Digest(key) for key, _ in view.items("commits")}
     if now != commits:
         if patient:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from functools import cached_property
 from itertools import islice
@@ -17,6 +17,7 @@ from mergepipe.store.digest import Digest
 from mergepipe.store.errors import BadInputError, ConflictError, DamagedError, MergePipeError, NotFoundError, nearest
 from mergepipe.store.frame import Kind
 from mergepipe.store.layout import Layout
+from mergepipe.store.leases import reading
 from mergepipe.store.manifest import FileEntry, Node, Shard, TensorEntry, decode_node, walk_tensors
 from mergepipe.store.objects import ObjectReader, Role
 
@@ -52,6 +53,13 @@ def unless_collected(layout: Layout, commits: Iterable[Digest]) -> Iterator[None
             f"commit {gone.short} went away while it was being read: no ref led to it any more, and `mp gc` took it",
             hint="Name another ref, or ingest the checkpoint again.",
         ) from error
+
+
+@contextmanager
+def being_read(layout: Layout, commits: Sequence[Digest]) -> Iterator[None]:
+    """Keep commits from being collected while they are read; raises as :func:`unless_collected` does."""
+    with unless_collected(layout, commits), reading(layout.temporary, commits):
+        yield
 
 
 class Snapshot:

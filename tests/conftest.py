@@ -34,6 +34,7 @@ if not DEEP and "TMPDIR" not in os.environ and os.access(_MEMORY, os.W_OK):
 _COMMON: dict[str, Any] = {
     "deadline": None,  # the machine is shared, and time proves nothing
     "print_blob": True,
+    "derandomize": bool(os.environ.get("CI")) and not DEEP,  # a build's outcome is that of its code
     "suppress_health_check": [HealthCheck.function_scoped_fixture, HealthCheck.too_slow, HealthCheck.data_too_large],
 }
 settings.register_profile("default", max_examples=40, **_COMMON)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,10 @@ from mergepipe.merge.methods import METHODS
 from mergepipe.merge.plan import Input
 from mergepipe.store import Store
 from mergepipe.store.digest import hash_bytes
-from mergepipe.store.errors import BadInputError, BudgetError, NotFoundError, UsageError
+from mergepipe.store.errors import BadInputError, BudgetError, ConflictError, NotFoundError, UsageError
+from mergepipe.store.gc import collect
+from mergepipe.store.publish import Changes, RefUpdate, publish
+from mergepipe.store.refs import all_refs
 from support.family import Weights
 from support.merges import NUMPY, USUAL, assert_as_planned, bits, blocks_of, ingest_model, tree_of, weights_of
 from support.stores import assert_clean, object_files
@@ -291,3 +295,38 @@ def test_a_commit_that_is_not_here(both: Store) -> None:
     nobody = Input(hash_bytes(b"nobody"), "nobody")
     with pytest.raises(NotFoundError, match="'nobody' of the plan is commit"):
         open_models(both, [Input(both.resolve("base"), "base"), nobody])
+
+
+def test_nothing_that_is_read_is_collected_meanwhile(
+    both: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No ref leads to the models any more, neither when a plan is made, nor when it is checked, nor in the merge."""
+    ingest_model(both, tmp_path, "other", adapted(base_model(), factors(70, UP)), base="base")
+    experts = [Expert("lora", onto="other"), Expert("tv", kind="task_vector")]
+    gone: list[int] = []
+
+    def without_refs(function: Callable[..., Any]) -> Callable[..., Any]:
+        def first_collect(*arguments: Any, **options: Any) -> Any:
+            with both.catalog.reading() as view:
+                refs = all_refs(view)
+            publish(both.catalog, None, Changes(refs=[RefUpdate(ref.name, ref.commit, None) for ref in refs]))
+            gone.append(collect(both, apply=True, grace_seconds=0).commits)
+            with both.catalog.reading() as view:
+                left = [ref for ref in refs if view.get("commits", ref.commit) is not None]
+            publish(both.catalog, None, Changes(refs=[RefUpdate(ref.name, None, ref.commit) for ref in left]))
+            return function(*arguments, **options)
+
+        return first_collect
+
+    for name in ("merge.build.plan_jobs", "merge.validate.facts_of", "merge.executor.compute"):
+        module, function = f"mergepipe.{name}".rsplit(".", 1)
+        with monkeypatch.context() as patch:
+            patch.setattr(f"{module}.{function}", without_refs(getattr(import_module(module), function)))
+            plan = plan_for(both, experts, "task_arithmetic")
+            if "executor" in name:
+                with pytest.raises(ConflictError, match=r"'validate' was .* and is now gone"):
+                    execute(both, plan, "validate")
+            execute(both, plan, name.split(".")[1])
+    assert_clean(both)
+    assert len(gone) == 4
+    assert gone[0] > 0  # of those that nobody read

@@ -20,11 +20,12 @@ from mergepipe.merge.audit import audit
 from mergepipe.merge.build import facts_of, jobs_of_plan
 from mergepipe.merge.certificate import Item, distance, left_out
 from mergepipe.merge.facts import Facts
+from mergepipe.merge.levels import previews_of
 from mergepipe.merge.methods import METHODS
 from mergepipe.merge.selection import Step, by_norm, by_sketch, select_within_bytes, within_bytes
 from mergepipe.merge.validate import check_plan
 from mergepipe.store import Store
-from mergepipe.store.errors import BadInputError, BudgetError
+from mergepipe.store.errors import BadInputError, BudgetError, ConflictError, DamagedError
 from mergepipe.store.previews import WORTH_IT
 from support.levels import (
     BLOCK_BYTES,
@@ -43,7 +44,7 @@ from support.levels import (
     preview_delta,
 )
 from support.merges import assert_as_planned, bits, tree_of, weights_of
-from support.stores import assert_clean
+from support.stores import assert_clean, object_path, state_of
 
 Sequence_ = Callable[[Sequence[Item]], list[Step]]
 both = pytest.mark.parametrize("by", [by_norm, by_sketch])
@@ -536,4 +537,27 @@ def test_previews_that_a_store_has_not(tmp_path: Path, fixed: LevelFamily) -> No
         assert all(tensor.previews is None for tensor in again.tensors.values())
         ingest_levels(store, tmp_path / "again", fixed)
         assert level_plan(store, fixed, "40%").tensors == plan.tensors
+        assert_clean(store)
+
+
+def test_previews_that_are_dropped_after_the_check(tmp_path: Path, fixed: LevelFamily) -> None:
+    """No damage is reported, for none is there; what is damaged is still said."""
+    from mergepipe.store.drop_previews import drop_previews
+
+    with Store.create(tmp_path / "store", block_bytes=BLOCK_BYTES) as store:
+        ingest_levels(store, tmp_path, fixed)
+        checked = check_plan(store, level_plan(store, fixed, "40%"))
+        name, _, _ = some_preview(checked.plan)
+        facts = next(facts for facts in checked.facts.tensors if facts.name == name)
+        levels = previews_of(facts, checked.plan.tensors[name])
+        read = next(preview for coarse in levels for preview in coarse.values())
+        object_path(store, read).rename(tmp_path / "away")
+        with pytest.raises(DamagedError, match=read.short):
+            execute(store, checked, "merged")
+        (tmp_path / "away").rename(object_path(store, read))
+        drop_previews(store)
+        before = state_of(store)
+        with pytest.raises(ConflictError, match="previews that the plan reads were dropped"):
+            execute(store, checked, "merged")
+        assert state_of(store) == before
         assert_clean(store)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
@@ -177,6 +178,21 @@ def test_it_waits_for_no_writer_and_disturbs_none(full: Store) -> None:
         drop_previews(full)
     assert state_of(full) == before
     drop_previews(full)
+
+
+def test_a_writer_that_begins_meanwhile_is_not_disturbed(full: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nobody was there when it looked first, and somebody is when it would remove."""
+    before = state_of(full)
+    original, writers = drop_module._commits, ExitStack()
+
+    def late(store: Store) -> set[Digest]:
+        writers.enter_context(Staging(store.layout, store.catalog))
+        return original(store)
+
+    monkeypatch.setattr(drop_module, "_commits", late)
+    with writers, pytest.raises(ConflictError, match="somebody is writing"):
+        drop_previews(full)
+    assert state_of(full) == before
 
 
 def test_an_object_that_a_commit_needs_stays(full: Store, tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
+from hypothesis import reject
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
@@ -17,6 +18,7 @@ from mergepipe.merge.certificate import Item, items_of
 from mergepipe.merge.facts import TensorFacts
 from mergepipe.merge.methods import METHODS
 from mergepipe.store import Digest, Store
+from mergepipe.store.errors import UsageError
 from mergepipe.store.previews import PreviewRow, content_size, find_preview, read_preview
 from support.facts import Outline, facts_of, made_up, question_of
 from support.family import Weights
@@ -253,11 +255,16 @@ def level_plan(
     experts = [Expert(f"{prefix}{name}", own) for name, own in family.settings.items()]
     asked = {**ASKED.get(family.method, {}), **parameters}
     known = {parameter.name for parameter in METHODS[family.method].parameters}
-    return plan_merge(
-        store, f"{prefix}base", experts, family.method,
-        parameters={name: value for name, value in asked.items() if name in known},
-        budget=parse_budget(budget, max_error), dtype=family.dtype, previews=previews,
-    )  # fmt: skip
+    try:
+        return plan_merge(
+            store, f"{prefix}base", experts, family.method,
+            parameters={name: value for name, value in asked.items() if name in known},
+            budget=parse_budget(budget, max_error), dtype=family.dtype, previews=previews,
+        )  # fmt: skip
+    except UsageError as error:
+        if "have no mean" in error.message:  # deltas so small that multislerp's eps outweighs them
+            reject()
+        raise
 
 
 def preview_delta(store: Store, base: Digest, block: Digest, elements: int) -> tuple[Floats, PreviewRow] | None:

@@ -1,8 +1,10 @@
 """Leases: which process a writer's folder under ``tmp/`` belongs to, and whether that process is gone.
 
-A lease names the process, its host, and the boot and process namespace that its number is valid in. A folder is only
-taken for abandoned where all of these are this process's own and no such process runs any more: a process number means
-nothing on another machine or in another container. Folders that cannot be judged are left alone.
+A lease names the process, its host, and the boot and process namespace that its number is valid in, and its owner holds
+it locked (flock) as long as it lives: the system lets go of that however a process ends. Under one kernel the lock says
+it all, in containers too. Where it could not be had (older releases took none), a process is gone if host, boot and
+namespace are this process's own and no such number runs. A lease of this host from before it was started is dead once
+nothing has touched its folder for a day. Folders that cannot be judged are left alone.
 
 So a folder has its name only while its lease is in it. It is made, and removed, under a name that begins with a dot: a
 process that is killed then leaves what nobody takes for a writer at work, and what anybody may remove after a minute.
@@ -10,6 +12,7 @@ process that is killed then leaves what nobody takes for a writer at work, and w
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import secrets
@@ -28,6 +31,8 @@ _NAME: Final = "lease.json"
 _PINS: Final = "pins"
 _RELIED_ON: Final = "relied-on"
 _PATIENCE_SECONDS: Final = 60.0
+_DAY_SECONDS: Final = 86400.0
+_held: dict[Path, int] = {}  # descriptors of the leases that this process holds locked, by their folders
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,9 +53,10 @@ def make_folder(temporary: Path) -> Path:
     making = _nameless(folder)
     try:
         making.mkdir(parents=True)
-        write_lease(making)
+        _held[folder] = write_lease(making)
         making.rename(folder)
     except OSError:
+        _let_go(folder)
         shutil.rmtree(making, ignore_errors=True)
         raise
     return folder
@@ -63,6 +69,13 @@ def remove_folder(folder: Path) -> None:
         folder.rename(going)
     for path in (folder, going):
         shutil.rmtree(path, ignore_errors=True)
+    _let_go(folder)
+
+
+def _let_go(folder: Path) -> None:
+    descriptor = _held.pop(folder, -1)
+    if descriptor >= 0:
+        os.close(descriptor)
 
 
 def _nameless(folder: Path) -> Path:
@@ -74,18 +87,35 @@ def _is_nameless(folder: Path) -> bool:
     return folder.name.startswith(".")
 
 
-def _is_old(folder: Path) -> bool:
+def _is_old(folder: Path, seconds: float = _PATIENCE_SECONDS) -> bool:
     """Whether nothing changed in it for so long that nobody is making or removing it any more."""
     try:
-        return folder.lstat().st_mtime < time.time() - _PATIENCE_SECONDS
+        times = [folder.lstat().st_mtime]
+        with os.scandir(folder) as entries:
+            times += [entry.stat(follow_symlinks=False).st_mtime for entry in entries]
     except OSError:
         return False
+    return max(times) < time.time() - seconds
 
 
-def write_lease(folder: Path) -> None:
-    """Put this process's lease into its folder."""
-    lease = {"pid": os.getpid(), "started": time.time(), **_surroundings()}
-    (folder / _NAME).write_text(json.dumps(lease), encoding="utf-8")
+def write_lease(folder: Path) -> int:
+    """Put this process's lease into its folder; returns the descriptor that holds it locked. Raises OSError.
+
+    Whoever judges it reads it first, and it has no content before it is locked.
+    """
+    descriptor = os.open(folder / _NAME, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o644)
+    try:
+        locked = True
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:  # a filesystem without locks
+            locked = False
+        lease = {"pid": os.getpid(), "started": time.time(), **_surroundings(), "locked": locked}
+        os.write(descriptor, json.dumps(lease).encode())
+    except OSError:
+        os.close(descriptor)
+        raise
+    return descriptor
 
 
 def pin(folder: Path, commits: Iterable[Digest]) -> None:
@@ -160,12 +190,31 @@ def _is_dead(folder: Path) -> bool:
         return False
     try:
         lease = json.loads((folder / _NAME).read_text(encoding="utf-8"))
-        pid = int(lease["pid"])
-        if any(lease.get(name) != value for name, value in _surroundings().items()):
-            return False
+        pid, started, locked = int(lease["pid"]), float(lease["started"]), lease.get("locked") is True
+        here = _surroundings()
+        different = {name for name, value in here.items() if lease.get(name) != value}
     except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError):
         return False
-    return not _runs(pid)
+    if locked and here["boot"] and "boot" not in different:
+        return not _is_locked(folder / _NAME)
+    if "boot" in different and "host" not in different and here["boot"] and lease.get("boot"):
+        return started < _boot_time() and _is_old(folder, _DAY_SECONDS) and not _is_locked(folder / _NAME)
+    return not different and not _runs(pid)
+
+
+def _is_locked(path: Path) -> bool:
+    """Whether somebody holds a file locked, or that cannot be told."""
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW | os.O_CLOEXEC)
+    except OSError:
+        return True
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except OSError:
+        return True
+    finally:
+        os.close(descriptor)
+    return False
 
 
 def remove_abandoned(temporary: Path) -> int:
@@ -191,6 +240,11 @@ def _boot() -> str:
         return Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
     except OSError:
         return ""
+
+
+def _boot_time() -> float:
+    """When this machine was started, as Unix time."""
+    return time.time() - time.clock_gettime(time.CLOCK_BOOTTIME)
 
 
 def _namespace() -> int:

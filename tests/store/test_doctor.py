@@ -8,11 +8,13 @@ import resource
 import shutil
 import time
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
 
 from mergepipe.store import Store, surroundings, writers
+from mergepipe.store import catalog as catalog_module
 from mergepipe.store import doctor as doctor_module
 from mergepipe.store.check import verify
 from mergepipe.store.doctor import Examination, examine
@@ -21,7 +23,7 @@ from mergepipe.store.leases import write_lease
 from mergepipe.store.repack import models_to_repack, repack
 from mergepipe.store.staging import Staging
 from support.family import write_family
-from support.processes import run_python, start_python
+from support.processes import run_python
 from support.stores import flip_bit, object_files, rewrite, state_of
 
 OF_THE_STORE = ("store", "filesystem", "permissions", "writers", "clock", "catalog", "readers", "objects", "damage")
@@ -115,6 +117,29 @@ class TestObjects:
     def test_it_stops_in_time(self, filled: Store) -> None:
         assert "looked at 0 of 256 folders" in the(look(filled, scan_seconds=-1.0), "objects", Level.OK).text
 
+    def test_a_row_that_cannot_be_read_agrees_with_no_file(self, filled: Store) -> None:
+        name = next(iter(object_files(filled)))
+        filled.catalog.write(lambda view: view.put("objects", bytes.fromhex(name), b"?"))
+        found = look(filled)
+        assert found.exit_code == 5
+        assert "0 object files are missing and 1 have another size" in the(found, "objects", Level.PROBLEM).text
+
+    def test_a_file_in_a_folders_place(self, filled: Store) -> None:
+        fan = next(path for path in filled.layout.objects.iterdir() if not any(path.iterdir()))
+        fan.rmdir()
+        fan.write_bytes(b"")
+        found = look(filled)
+        assert found.exit_code == 5
+        assert any(str(fan) in line.text and line.level is Level.PROBLEM for line in of(found, "catalog"))
+        assert of(found, "versions")
+
+    def test_a_folder_of_objects_that_is_gone(self, filled: Store) -> None:
+        filled.layout.objects.rename(filled.layout.root / "elsewhere")
+        found = look(filled)
+        assert found.exit_code == 5
+        assert "copy" in the(found, "filesystem", Level.PROBLEM).advice
+        assert not of(found, "objects")
+
     def test_a_repack_that_was_stopped(self, store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         base, experts = write_family(tmp_path, experts=1)
         store.ingest([base, *experts])
@@ -164,6 +189,37 @@ class TestCatalogs:
         found = look(filled)
         assert found.exit_code == 5
         assert "mp recover" in the(found, "filesystem", Level.PROBLEM).advice
+
+    def test_a_key_that_is_none(self, filled: Store) -> None:
+        filled.catalog.write(lambda view: view.put("objects", b"\0short", b""))
+        found = look(filled)
+        assert found.exit_code == 5
+        line = next(line for line in of(found, "catalog") if line.level is Level.PROBLEM)
+        assert "cannot be read" in line.text
+        assert "mp recover" in line.advice
+
+    def test_many_pages_to_be_used_again(self, filled: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(doctor_module, "_MANY_FREE_BYTES", 0)
+        keys = [number.to_bytes(4, "big") for number in range(1000)]
+        filled.catalog.write(lambda view: [view.put("results", key, bytes(1000)) for key in keys])
+        assert the(look(filled), "catalog", Level.OK)
+        filled.catalog.write(lambda view: [view.delete("results", key) for key in keys])
+        assert "mdb_copy" in the(look(filled), "catalog", Level.WARNING).advice
+
+    def test_a_map_that_is_nearly_full(self, make_store: Callable[..., Store], monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(catalog_module, "_MAP_BYTES", 1 << 20)
+        store = make_store()
+        store.catalog.write(
+            lambda view: [view.put("results", number.to_bytes(4, "big"), bytes(1000)) for number in range(750)]
+        )
+        assert "the map of 1.0 MiB will double soon" in the(look(store), "catalog", Level.OK).text
+
+    def test_many_readers(self, filled: Store) -> None:
+        with ExitStack() as reading:
+            for _ in range(420):
+                reading.enter_context(filled.catalog.reading())
+            assert "420 of 512 places" in the(look(filled), "readers", Level.WARNING).text
+        assert the(look(filled), "readers", Level.OK)
 
     def test_readers_that_died(self, filled: Store) -> None:
         run_python(
@@ -223,6 +279,26 @@ class TestDisks:
         monkeypatch.setattr(doctor_module.os, "statvfs", lambda _: _Disk)
         assert the(look(store), "space", level)
 
+    def test_one_that_does_not_count_files(self, store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+        class _Disk:
+            f_bavail, f_frsize, f_favail, f_files, f_flag = 1 << 40, 1, 0, 0, 0
+
+        monkeypatch.setattr(doctor_module.os, "statvfs", lambda _: _Disk)
+        found = look(store)
+        assert the(found, "space", Level.OK)
+        assert not of(found, "inodes")
+
+    def test_work_on_another_one(self, store: Store, mounted_disk: Callable[..., Path]) -> None:
+        """Nothing could be moved from there to its place."""
+        temporary = store.layout.temporary
+        shutil.rmtree(temporary)
+        temporary.symlink_to(mounted_disk("1m"))
+        found = look(store)
+        assert found.exit_code
+        assert "different filesystems" in the(found, "filesystem", Level.PROBLEM).text
+        temporary.unlink()
+        temporary.mkdir()
+
     def test_folders_that_are_missing(self, filled: Store) -> None:
         shutil.rmtree(filled.layout.temporary)
         fan = next(path for path in filled.layout.objects.iterdir() if not any(path.iterdir()))
@@ -261,7 +337,8 @@ def folder(store: Store) -> Iterator[Path]:
 
 
 def put_lease(folder: Path, **changes: object) -> None:
-    write_lease(folder)
+    """A lease that nobody holds."""
+    os.close(write_lease(folder))
     lease = folder / "lease.json"
     lease.write_text(json.dumps({**json.loads(lease.read_text()), **changes}))
 
@@ -272,15 +349,13 @@ class TestWriters:
             assert "1 at work" in the(look(store), "writers", Level.OK).text
 
     def test_one_that_died(self, store: Store, folder: Path) -> None:
-        child = start_python("pass")
-        child.wait()
-        put_lease(folder, pid=child.pid)
+        put_lease(folder)
         line = the(look(store), "writers", Level.WARNING)
         assert "1 commands died and left 1." in line.text
         assert folder.exists()
 
     def test_an_old_one_on_another_machine(self, store: Store, folder: Path) -> None:
-        put_lease(folder, host="elsewhere", pid=7, started=time.time() - 3 * 86400 - 60)
+        put_lease(folder, host="elsewhere", boot="another", pid=7, started=time.time() - 3 * 86400 - 60)
         line = the(look(store), "writers", Level.WARNING)
         assert "process 7 on elsewhere, is 3 days old" in line.text
         assert str(folder) in line.advice

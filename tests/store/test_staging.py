@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import threading
@@ -19,7 +20,7 @@ from mergepipe.store.frame import HEADER_BYTES, Encoding, Kind, check_matches, u
 from mergepipe.store.leases import is_abandoned, remove_abandoned, write_lease
 from mergepipe.store.publish import Changes, publish
 from mergepipe.store.staging import Staging
-from support.processes import run_python
+from support.processes import run_python, start_python
 from support.stores import catalog_rows, object_files, object_path, writers_left
 
 NOISE = np.random.default_rng(0).integers(0, 256, 4096, np.uint8)
@@ -184,18 +185,102 @@ class TestCleanliness:
 
 class TestLeases:
     def test_a_living_writer_keeps_its_folder(self, tmp_path: Path) -> None:
-        write_lease(tmp_path)
+        held = write_lease(tmp_path)
         assert not is_abandoned(tmp_path)
         assert json.loads((tmp_path / "lease.json").read_text())["pid"] == os.getpid()
+        os.close(held)
+        assert is_abandoned(tmp_path)
+
+    @pytest.mark.parametrize("name", ["host", "namespace", "pid"])
+    def test_under_one_kernel_the_lock_says_it(self, tmp_path: Path, name: str) -> None:
+        """Of another container, say; or its number is somebody else's by now."""
+        held = write_lease(tmp_path)
+        change_lease(tmp_path, **{name: 1 if name == "pid" else "elsewhere"})
+        assert not is_abandoned(tmp_path)
+        os.close(held)
+        assert is_abandoned(tmp_path)
+
+    def test_a_writer_that_is_killed_lets_go(self, tmp_path: Path) -> None:
+        code = """
+        import sys, time
+        from pathlib import Path
+        from mergepipe.store.leases import make_folder
+        make_folder(Path(sys.argv[1]))
+        print(flush=True)
+        time.sleep(600)
+        """
+        child = start_python(code, tmp_path)
+        assert child.stdout is not None
+        child.stdout.readline()
+        (folder,) = tmp_path.iterdir()
+        assert not is_abandoned(folder)
+        child.kill()
+        child.wait()
+        assert is_abandoned(folder)
+
+    def test_a_folder_that_goes_is_let_go(self, tmp_path: Path) -> None:
+        before = len(list(Path("/proc/self/fd").iterdir()))
+        for _ in range(5):
+            leases.remove_folder(leases.make_folder(tmp_path))
+        assert len(list(Path("/proc/self/fd").iterdir())) == before
 
     @pytest.mark.parametrize("name", ["host", "boot", "namespace"])
     def test_one_from_elsewhere_is_left_alone(self, tmp_path: Path, name: str) -> None:
-        """A process number means nothing on another machine."""
+        """Where there is no lock: a process number means nothing on another machine."""
         abandon(tmp_path)
+        change_lease(tmp_path, locked=False)
         assert is_abandoned(tmp_path)
-        lease = json.loads((tmp_path / "lease.json").read_text())
-        (tmp_path / "lease.json").write_text(json.dumps({**lease, name: "elsewhere"}))
+        change_lease(tmp_path, **{name: "elsewhere"})
         assert not is_abandoned(tmp_path)
+
+    @pytest.mark.parametrize("where", ["host", "boot"])
+    def test_a_lock_of_another_machine_cannot_be_seen(self, tmp_path: Path, where: str) -> None:
+        abandon(tmp_path)
+        change_lease(tmp_path, host="elsewhere", boot="elsewhere" if where == "boot" else "")
+        assert not is_abandoned(tmp_path)
+
+    def test_a_filesystem_without_locks(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        def refuse(_descriptor: int, _operation: int) -> None:
+            raise OSError(errno.ENOLCK, "no locks")
+
+        with monkeypatch.context() as patch:
+            patch.setattr(leases.fcntl, "flock", refuse)
+            held = write_lease(tmp_path)
+            assert not is_abandoned(tmp_path)
+        assert json.loads((tmp_path / "lease.json").read_text())["locked"] is False
+        os.close(held)
+        assert not is_abandoned(tmp_path)  # this process still runs
+        abandon(tmp_path)
+        monkeypatch.setattr(leases.fcntl, "flock", refuse)
+        assert not is_abandoned(tmp_path)  # it was locked, and nobody can tell whether it still is
+
+    @pytest.mark.parametrize("locked", [True, False])
+    def test_one_from_before_this_machine_was_started(self, tmp_path: Path, locked: bool) -> None:
+        """Dead where it names an earlier time, and nobody has touched anything for a day."""
+        abandon(tmp_path)
+        long_ago = leases._boot_time() - 10
+        change_lease(tmp_path, boot="an earlier one", started=long_ago, locked=locked)
+        assert not is_abandoned(tmp_path)
+        old = time.time() - 90_000
+        make_old(tmp_path, old)
+        assert is_abandoned(tmp_path)
+        (tmp_path / "pins").write_bytes(b"")
+        os.utime(tmp_path, (old, old))
+        assert not is_abandoned(tmp_path)
+        make_old(tmp_path, old)
+        for changes in ({"host": "elsewhere"}, {"started": time.time()}, {"boot": ""}, {"boot": None}):
+            changed = tmp_path / str(len(list(tmp_path.iterdir())))
+            changed.mkdir()
+            (changed / "lease.json").write_text((tmp_path / "lease.json").read_text())
+            change_lease(changed, **changes)
+            make_old(changed, old)
+            assert not is_abandoned(changed), changes
+        held = os.open(tmp_path / "lease.json", os.O_RDONLY)
+        leases.fcntl.flock(held, leases.fcntl.LOCK_EX)
+        make_old(tmp_path, old)
+        assert not is_abandoned(tmp_path)
+        os.close(held)
+        assert is_abandoned(tmp_path)
 
     @pytest.mark.parametrize("text", ["", "[]", "{}", '{"pid": "x"}', "\0"])
     def test_one_that_cannot_be_read_is_left_alone(self, tmp_path: Path, text: str) -> None:
@@ -269,3 +354,13 @@ def abandon(folder: Path) -> None:
         finally:
             os._exit(0)
     os.waitpid(child, 0)
+
+
+def change_lease(folder: Path, **changes: object) -> None:
+    path = folder / "lease.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+
+def make_old(folder: Path, when: float) -> None:
+    for path in (*folder.iterdir(), folder):
+        os.utime(path, (when, when))

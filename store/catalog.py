@@ -27,7 +27,7 @@ from mergepipe.store.digest import DIGEST_BYTES, Digest
 from mergepipe.store.errors import ConflictError, DamagedError, EnvironmentalError
 from mergepipe.store.filesystem import explain_os_error, refuse_network_filesystem, will_need
 from mergepipe.store.frame import Encoding, Kind
-from mergepipe.store.lmdb_file import why_unsafe
+from mergepipe.store.lmdb_file import check_pages, why_unsafe
 
 Result = TypeVar("Result")
 Databases: TypeAlias = dict[str, Any]
@@ -217,6 +217,14 @@ class Catalog:
             info["map_size"], used, max((info["last_pgno"] + 1) * page - used, 0), info["max_readers"],
             info["num_readers"], cleared,
         )  # fmt: skip
+
+    def check(self) -> None:
+        """Look at all of the file without LMDB, which would end the process where a page is noise. Raises DamagedError.
+
+        Meanwhile a transaction holds what there is: else pages may be used again while they are looked at.
+        """
+        with self.reading():
+            check_pages(self.path / DATA)
 
     def _same_process(self) -> None:
         if os.getpid() != self._pid:

@@ -17,13 +17,12 @@ from typing import TYPE_CHECKING, Final
 
 import numpy as np
 
-from mergepipe.store.catalog import DATA, ObjectRow, Writing
+from mergepipe.store.catalog import ObjectRow, Writing
 from mergepipe.store.codecs import expect
 from mergepipe.store.commits import decode_commit
 from mergepipe.store.digest import DIGEST_BYTES, Digest
 from mergepipe.store.errors import BadInputError, DamagedError, MergePipeError, UsageError
 from mergepipe.store.frame import Encoding, Kind
-from mergepipe.store.lmdb_file import check_pages
 from mergepipe.store.parallel import Progress, counter, default_workers, run_bounded
 from mergepipe.store.previews import PreviewRow, read_preview, unpack_row
 from mergepipe.store.refs import all_refs
@@ -107,7 +106,7 @@ def verify(
     findings = _Findings()
     started = time.monotonic()
     if not fast:
-        check_pages(store.layout.catalog / DATA)  # LMDB itself would end the process
+        store.catalog.check()
     _read_preview_rows(store, findings)
     if ref is None:
         rows = _all_rows(store)

@@ -175,6 +175,7 @@ def _with_catalog(layout: Layout, scan_seconds: float) -> Iterator[Finding]:
         yield problem("catalog", f"it cannot be opened: {error.message}", _recovery(error), error.exit_code)
         return
     try:
+        catalog.check()
         yield from _catalog(catalog)
         yield from _content(layout, catalog, scan_seconds)
     except MergePipeError as error:

@@ -93,9 +93,10 @@ def collect(store: Store, *, apply: bool = False, grace_seconds: float = DEFAULT
     """Remove what nothing needs; without ``apply``, only say what that would be.
 
     Raises:
-        DamagedError: a commit that is needed cannot be read, so nobody knows what it needs.
+        DamagedError: the catalog cannot be read, or a commit that is needed, so nobody knows what it needs.
         EnvironmentalError: the store cannot be written.
     """
+    store.catalog.check()
     limit = int(time.time() - grace_seconds) + 1  # in whole seconds, as ages are kept: without grace, all is old
     if apply:
         remove_abandoned(store.layout.temporary)

@@ -97,11 +97,13 @@ def heal(store: Store, source: Path, *, verify_first: bool = False, progress: Pr
     Raises:
         NotFoundError, BadInputError: ``source`` is neither a store nor a checkpoint.
         UsageError: it is this store itself.
+        DamagedError: the catalog cannot be read.
     """
     from mergepipe.store.check import verify
 
     offered = _open_source(store, source)
     try:
+        store.catalog.check()
         settle(store.catalog, store.layout)
         if verify_first:
             verify(store, progress=progress)

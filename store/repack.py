@@ -177,8 +177,10 @@ def repack(store: Store, models: Sequence[Model], progress: Progress | None = No
 
     Raises:
         ConflictError: somebody else is writing to the store. What was done by then stays.
+        DamagedError: the catalog cannot be read, or a block.
         EnvironmentalError: the disk is full, or the like; likewise.
     """
+    store.catalog.check()
     settle(store.catalog, store.layout)
     seen: set[Digest] = set()
     results = []

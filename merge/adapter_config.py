@@ -8,16 +8,19 @@ module's path at a dot, else the general value. The scale is ``alpha / rank``, w
 from __future__ import annotations
 
 import math
-import re
+import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Final, TypeVar
+
+import regex
 
 from mergepipe.store.canonical import load_strict
 from mergepipe.store.errors import BadInputError
 from mergepipe.store.snapshot import Snapshot
 
 T = TypeVar("T", int, float)
+_PATIENCE_SECONDS: Final = 5.0
 CONFIG: Final = "adapter_config.json"
 _MAXIMUM_BYTES: Final = 10 << 20
 _LARGEST_ALPHA: Final = 1e6
@@ -39,6 +42,31 @@ _REFUSED: Final = {
 _CHANGES_THE_BASE: Final = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 
+@dataclass
+class _Patience:
+    """How long one configuration's patterns may still take: some that can be written hardly ever end."""
+
+    seconds: float = field(default_factory=lambda: _PATIENCE_SECONDS)
+
+    def matches(self, pattern: str, module: str) -> bool:
+        """Whether the end of a module's path is of that pattern; raises BadInputError where that takes too long."""
+        started = time.monotonic()
+        try:
+            return regex.match(_whole(pattern), module, timeout=max(self.seconds, 1e-3)) is not None
+        except TimeoutError as error:
+            raise BadInputError(
+                f"adapter_config.json: the pattern {pattern!r} takes too long to match {module!r}",
+                hint="Write it without repetitions in repetitions, as (a+)+ is.",
+            ) from error
+        finally:
+            self.seconds -= time.monotonic() - started
+
+
+def _whole(pattern: str) -> str:
+    """As PEFT reads it."""
+    return rf"(.*\.)?({pattern})$"
+
+
 @dataclass(frozen=True, slots=True)
 class AdapterConfig:
     """What the configuration says about an ordinary LoRA adapter. ``bias``: ``none``, ``all`` or ``lora_only``."""
@@ -51,14 +79,21 @@ class AdapterConfig:
     fan_in_fan_out: bool
     bias: str
     modules_to_save: tuple[str, ...]
+    patience: _Patience = field(default_factory=_Patience, compare=False)
 
     def rank_of(self, module: str) -> int:
         """The rank that the configuration gives a module."""
-        return _by_pattern(self.rank_pattern, module, self.rank)
+        return self._by_pattern(self.rank_pattern, module, self.rank)
 
     def scale_of(self, module: str, rank: int) -> float:
         """What ``B @ A`` of a module is multiplied by."""
-        return _by_pattern(self.alpha_pattern, module, self.alpha) / (math.sqrt(rank) if self.use_rslora else rank)
+        return self._by_pattern(self.alpha_pattern, module, self.alpha) / (math.sqrt(rank) if self.use_rslora else rank)
+
+    def _by_pattern(self, patterns: Mapping[str, T], module: str, default: T) -> T:
+        for pattern, value in patterns.items():
+            if self.patience.matches(pattern, module):
+                return value
+        return patterns.get(module, default)
 
     def saves(self, module: str) -> bool:
         """Whether a module is, or lies in, one whose path ends in one of ``modules_to_save``."""
@@ -121,21 +156,14 @@ def _check_supported(value: Mapping[str, Any], where: str) -> None:
         )
 
 
-def _by_pattern(patterns: Mapping[str, T], module: str, default: T) -> T:
-    for pattern, value in patterns.items():
-        if re.match(rf"(.*\.)?({pattern})$", module):
-            return value
-    return patterns.get(module, default)
-
-
 def _patterns(config: Mapping[str, Any], where: str, name: str, parse: Callable[[Any, str, str], T]) -> Mapping[str, T]:
     value = config.get(name) or {}
     if not isinstance(value, dict):
         raise _wrong(where, name, value, "an object")
     for pattern in value:
         try:
-            re.compile(rf"(.*\.)?({pattern})$")
-        except (re.error, OverflowError, RecursionError) as error:
+            regex.compile(_whole(pattern))
+        except (regex.error, OverflowError, RecursionError) as error:
             raise BadInputError(
                 f"{where}: {name} has {pattern!r}, which is no pattern ({error})", hint=_SAVE_AGAIN
             ) from error

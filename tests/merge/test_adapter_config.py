@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from mergepipe.merge import adapter_config
 from mergepipe.merge.adapter_config import AdapterConfig
 from mergepipe.merge.adapters import read_adapter
 from mergepipe.store import Store
@@ -85,6 +86,22 @@ CONFIGS: list[tuple[dict[str, Any], str]] = [
     ({"bias": "some"}, "bias is 'some'"),
     ({"modules_to_save": "lm_head"}, "modules_to_save is 'lm_head'"),
 ]
+
+
+@pytest.mark.parametrize("name", ["rank_pattern", "alpha_pattern"])
+def test_a_pattern_that_hardly_ever_ends(read: AdapterFiles, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    monkeypatch.setattr(adapter_config, "_PATIENCE_SECONDS", 0.2)
+    endless = "((((.{1,100}){1,100}){1,100}){1,100})[a-i]"
+    with pytest.raises(BadInputError, match="takes too long to match"):
+        read(factors(Q, 32, 32), **{name: {endless: RANK}})
+
+
+def test_patience_is_for_all_patterns_together() -> None:
+    patience = adapter_config._Patience()
+    before = patience.seconds
+    for _ in range(100):
+        assert patience.matches("layers.[0-9]+.q_proj", "model.layers.11.q_proj")
+    assert 0 < patience.seconds < before
 
 
 def test_configurations_that_cannot_be_honoured(read: AdapterFiles) -> None:

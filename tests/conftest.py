@@ -17,7 +17,7 @@ import pytest  # noqa: E402
 from hypothesis import HealthCheck, settings  # noqa: E402
 
 from mergepipe.store import Store  # noqa: E402
-from support.fuzz_report import pytest_terminal_summary  # noqa: E402, F401  # what fuzzing covered
+from support.covered import pytest_runtest_call, pytest_terminal_summary  # noqa: E402, F401
 from support.stores import assert_clean  # noqa: E402
 
 os.environ.pop("MP_STORE", None)  # tests name their stores

@@ -15,6 +15,7 @@ from mergepipe.store.check import verify
 from mergepipe.store.errors import DamagedError, MergePipeError
 from mergepipe.store.frame import HEADER_BYTES, Encoding, Kind
 from support.checkpoints import folder_bytes
+from support.covered import count
 from support.family import write_family
 from support.stores import assert_clean, catalog_rows, flip_bit, object_path, rewrite, state_of
 
@@ -192,6 +193,7 @@ class TestGrid:
     ) -> None:
         before = state_of(patient.store)
         LOSSES[harm](patient.path(kind))
+        count(damages=1)
         check_reading(patient, kind, tmp_path)
         patient.ingest_again()
         assert state_of(patient.store) == before
@@ -204,6 +206,7 @@ class TestGrid:
     ) -> None:
         before = state_of(patient.store)
         CHANGES[harm](patient.path(kind))
+        count(damages=1)
         check_reading(patient, kind, tmp_path)
         check_report(patient, kind)
         patient.ingest_again()
@@ -216,6 +219,7 @@ class TestGrid:
         intact = path.read_bytes()
         for harm in LOSSES.values():
             harm(path)
+            count(damages=1)
             check_report(patient, kind)
             rewrite(path, intact)
         assert_clean(patient.store)
@@ -231,6 +235,7 @@ class TestGrid:
         original = folder_bytes(patient.paths[name])
         for number, position in enumerate([0, 8, 9, 10, 11, 12, 16, 23, 24, 31, 32, 63, 64, 95]):
             flip_bit(path, position, number % 8)
+            count(damages=1)
             damaged = {item.id for item in verify(patient.store).damaged}
             assert patient.subjects[kind].digest in damaged, f"byte {position}"
             target = tmp_path / str(number)
@@ -261,6 +266,7 @@ class TestGrid:
         contents = [path.read_bytes() for path in paths]
         for path, content in zip(paths, reversed(contents), strict=True):
             rewrite(path, content)
+        count(damages=2)
         damaged = {item.id for item in verify(patient.store).damaged}
         assert {patient.subjects[one].digest, patient.subjects[other].digest} <= damaged
         for name, path in patient.paths.items():

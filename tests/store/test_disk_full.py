@@ -11,6 +11,7 @@ import pytest
 from mergepipe.store import Store
 from mergepipe.store.errors import EnvironmentalError
 from support.checkpoints import folder_bytes
+from support.covered import count
 from support.family import write_family
 from support.processes import run_python
 from support.stores import assert_clean, state_of, writers_left
@@ -34,6 +35,7 @@ def test_ingest_at_every_amount_of_room(mounted_disk: Callable[..., Path], tmp_p
         before = state_of(store)
         for free in range(0, 1 << 20, 12 << 10):
             filler = fill(disk, free)
+            count(amounts_of_room=1)
             try:
                 store.ingest([expert], base="base")
             except EnvironmentalError as error:

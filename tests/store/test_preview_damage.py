@@ -16,6 +16,7 @@ from mergepipe.store.frame import HEADER_BYTES, Kind
 from mergepipe.store.previews import PreviewRow, unpack_row
 from mergepipe.store.publish import Changes, publish
 from mergepipe.store.staging import Staging
+from support.covered import count
 from support.family import write_family
 from support.stores import assert_clean, catalog_rows, flip_bit, object_path, objects_of, rewrite, state_of
 
@@ -85,6 +86,7 @@ HARMS: dict[str, Callable[[Path], None]] = {
 @pytest.mark.parametrize("harm", list(HARMS))
 def test_harm_is_found_named_and_made_good(patient: Patient, harm: str) -> None:
     HARMS[harm](patient.path)
+    count(damages=1)
     for ref in (None, "expert0"):
         (found,) = verify(patient.store, ref).damaged
         assert (found.id, found.kind, found.used_by) == (patient.id, "preview", (f"expert0:{TENSOR}",))
@@ -96,6 +98,7 @@ def test_harm_is_found_named_and_made_good(patient: Patient, harm: str) -> None:
 @pytest.mark.parametrize("harm", ["delete", "cut", "lengthen", "empty"])
 def test_what_is_lost_needs_no_verify(patient: Patient, harm: str) -> None:
     HARMS[harm](patient.path)
+    count(damages=1)
     assert verify(patient.store, fast=True).damaged[0].id == patient.id
     patient.check_repair()
 

@@ -20,6 +20,7 @@ from support.checkpoints import (
     write_checkpoint,
     write_safetensors,
 )
+from support.covered import count
 from support.stores import object_files, state_of
 from support.strategies import styled_tensors, tensor_maps, tensors
 
@@ -39,6 +40,7 @@ def check_round_trip(store: Store, checkpoint: Path) -> None:
     ref, out = f"m{len(before)}", checkpoint.with_name(f"{checkpoint.name}.out")
     (first,) = store.ingest([checkpoint], ref=ref)
     exported = store.snapshot(ref).export(out)
+    count(checkpoints=1)
     original = folder_bytes(checkpoint) if checkpoint.is_dir() else {checkpoint.name: checkpoint.read_bytes()}
     assert folder_bytes(out) == original
     assert exported.identical

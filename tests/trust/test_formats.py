@@ -18,6 +18,7 @@ from mergepipe.store.frame import Encoding, Kind
 from mergepipe.store.gc import collect
 from mergepipe.store.layout import FORMAT_VERSION, read_layout
 from mergepipe.store.recover import recover
+from support.covered import count
 from support.family import write_model
 from support.frozen import FORMATS, describe, thaw, weights
 from support.stores import assert_clean, objects_of
@@ -41,6 +42,7 @@ def test_it_holds_what_it_held(frozen: tuple[Path, dict[str, Any]], tmp_path: Pa
     root, expected = frozen
     with Store.open(root) as store:
         assert describe(store, tmp_path / "out") == expected
+        count(versions=1, commits=len(expected["commits"]))
         assert_clean(store)
 
 

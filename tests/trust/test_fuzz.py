@@ -13,8 +13,8 @@ from typing import Any
 
 import pytest
 
+from support.covered import FUZZED
 from support.fuzz import targets
-from support.fuzz_report import PROPERTY
 from support.fuzz_stores import make_zoo
 from support.processes import TESTS
 
@@ -26,7 +26,7 @@ COUNTS = {
     "previews": (60, 700),
     "records": (200, 3000),
     "catalog rows": (30, 600),
-    "catalog files": (8, 200),
+    "catalog files": (12, 400),
     "store.json": (80, 800),
     "refs.journal": (80, 800),
     "safetensors": (200, 2500),
@@ -58,7 +58,7 @@ def test_hostile_bytes(
     """In a process of its own: a crash is the case's that was last, and memory is limited."""
     count = COUNTS[kind][deep]
     result = fuzz(zoo, tmp_path, kind, count)
-    record_property(PROPERTY, json.dumps(result))
+    record_property(FUZZED, json.dumps(result))
     assert not result["failures"], "\n\n".join(result["failures"])
     assert sum(result["outcomes"].values()) == count
     if count >= 50:  # of a few, all may end alike

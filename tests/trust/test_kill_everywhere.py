@@ -10,12 +10,12 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from support.covered import count
 from support.model import write_variants
 from support.processes import TESTS
 from support.scenarios import SCENARIOS, make_template
@@ -44,14 +44,12 @@ def test_every_step(
     deep: bool,
     scenario: str,
     mode: str,
-    record_property: Callable[[str, object], None],
 ) -> None:
     template = tmp_path / "template" / ".mp"
     shutil.copytree(made[0], template)
     SCENARIOS[scenario].prepare(template)
     found = drive(scenario, mode, template, made[1], tmp_path / "work", 0 if deep else USUAL_STEPS[mode])
-    record_property(mode, json.dumps(found))
-    print(f"\n{scenario}, {mode}: {found['tried']} of {found['steps']} steps, {found['outcomes']}")
+    count(steps=found["steps"], **{"killed" if mode == "kill" else "errors_put_in": found["tried"]})
     assert not found["failures"], "\n\n".join(found["failures"][:5])
     assert found["outcomes"].get("killed" if mode == "kill" else "failed with a clear error", 0) > found["tried"] // 2
 
@@ -89,7 +87,7 @@ def test_the_catalogs_own_calls_fail(
         assert "INJECTED" in log.read_text()
         found.append(said)
         chosen.judge(root, made[1], before, wanted)
-    print(f"\n{scenario}, {error}: {len(found)} of {len(calls)} calls, {len([said for said in found if said])} errors")
+    count(system_calls_that_fail=len(found))
     assert any(found)
     assert all(said.startswith("environment: ") for said in found if said), found
 

@@ -17,6 +17,7 @@ import pytest
 from mergepipe.store import Store
 from mergepipe.store.gc import collect
 from support.checkpoints import folder_bytes
+from support.covered import count
 from support.model import BLOCK_BYTES, move_ref, write_variants
 from support.processes import start_python
 from support.stores import assert_clean
@@ -45,7 +46,7 @@ def test_anything_at_once(tmp_path: Path, deep: bool) -> None:
         run.end(number, None, 0)
     assert run.finish() == []
     found = run.summary()
-    print(f"\n{found['operations']} operations: {found['done']}, refused: {found['refused']}")
+    count(processes=4, operations=found["operations"])
     assert found["operations"] > 30
 
 

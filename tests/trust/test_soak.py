@@ -7,6 +7,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+from support.covered import count
+
 
 def test_ten_seconds(tmp_path: Path, deep: bool) -> None:
     words = ["--minutes", "2" if deep else "0.17", "--processes", "4", "--seed", "0", "--kill-every", "0.8"]
@@ -20,5 +22,5 @@ def test_ten_seconds(tmp_path: Path, deep: bool) -> None:
     assert done.returncode == 0, done.stdout[-8000:] + done.stderr[-3000:]
     summary, end = json.JSONDecoder().raw_decode(done.stdout)
     assert "all that was acknowledged is there" in done.stdout[end:]
-    print(f"\n{summary['operations']} operations, {summary['commits']} commits, {summary['kills']} kills")
+    count(**{name: summary[name] for name in ("operations", "kills", "commits")})
     assert summary["operations"] > 10

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import shutil
 import tempfile
-from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 
@@ -30,6 +29,7 @@ from mergepipe.store.layout import Layout
 from mergepipe.store.recover import recover
 from mergepipe.store.repack import models_to_repack, repack
 from support.checkpoints import folder_bytes
+from support.covered import count
 from support.model import BLOCK_BYTES, VARIANTS, Content, Model, content_of, content_of_variant, move_ref, strays
 from support.model import write_variants as write
 from support.stores import assert_clean
@@ -234,7 +234,7 @@ class StoreMachine(RuleBasedStateMachine):
             shutil.rmtree(self.folder)
 
 
-def test_any_sequence_of_commands(tmp_path: Path, deep: bool, record_property: Callable[[str, object], None]) -> None:
+def test_any_sequence_of_commands(tmp_path: Path, deep: bool) -> None:
     RULES.clear()
 
     class Machine(StoreMachine):
@@ -242,6 +242,5 @@ def test_any_sequence_of_commands(tmp_path: Path, deep: bool, record_property: C
 
     limits = settings(max_examples=300 if deep else 25, stateful_step_count=60 if deep else 30)
     run_state_machine_as_test(Machine, settings=limits)
-    record_property("rules", RULES)
-    print(f"\n{sum(RULES.values())} steps:", ", ".join(f"{name} {count}" for name, count in sorted(RULES.items())))
+    count(examples=limits.max_examples, commands=sum(RULES.values()), kinds_of_commands=len(RULES))
     assert {"ingest", "ingest on a base", "rm", "repack", "recover", "gc, something"} <= RULES.keys()

@@ -57,7 +57,8 @@ def ref_name_from(text: str) -> str:
     """A good ref name made from a folder's or file's name."""
     cleaned = re.sub(r"[^A-Za-z0-9._+-]+", "-", text).strip("-.+") or "model"
     short = re.sub(r"\.{2,}", ".", cleaned)[:_MAXIMUM_NAME]
-    return re.sub(r"(\.lock)+\Z", "", short)
+    name = re.sub(r"(\.lock)+\Z", "", short)
+    return "model-auto" if name == "auto" else name
 
 
 def ref_name_for(path: Path) -> str:

@@ -112,6 +112,33 @@ class TestReports:
         assert "'" in found[commit].reason
         assert "not there" in found[commit].reason
 
+    def test_an_object_that_has_no_row(self, family: Store) -> None:
+        block = family.snapshot("expert0").entry("model.layers.0.self_attn.q_proj.weight").blocks[0]
+        family.catalog.write(lambda view: view.delete("objects", block))
+        (found,) = verify(family, "expert0").damaged
+        assert (found.id, found.kind) == (block, "unknown")
+        assert found.reason == f"object {block.short} is not in the catalog"
+        assert found.used_by == ("expert0:model.layers.0.self_attn.q_proj.weight",)
+
+    def test_of_very_many_that_need_it_some_are_named(self, family: Store) -> None:
+        commit = family.resolve("base")
+        names = [f"same{number:02}" for number in range(30)]
+        publish(family.catalog, None, Changes(refs=[RefUpdate(name, None, commit) for name in names]))
+        (piece,) = family.snapshot("base").files["tokenizer.json"].blocks
+        flip_bit(object_path(family, piece), 100)
+        (found,) = verify(family).damaged
+        assert len(set(found.used_by)) == len(found.used_by) == 20
+
+    def test_a_tree_that_cannot_be_read_needs_records_alone(self, family: Store) -> None:
+        """Its ref may need a damaged node or commit, and nobody knows; a block has others that name it."""
+        node = family.snapshot("expert1").commit.tree
+        block = family.snapshot("expert0").entry("model.layers.0.self_attn.q_proj.weight").blocks[0]
+        for digest in (node, block):
+            flip_bit(object_path(family, digest), 100)
+        found = {item.id: item for item in verify(family).damaged}
+        assert found[node].used_by == ("expert1",)
+        assert found[block].used_by == ("expert0:model.layers.0.self_attn.q_proj.weight",)
+
     def test_a_commit_whose_row_is_another(self, family: Store) -> None:
         one, other = family.resolve("expert0"), family.resolve("expert1")
         row = catalog_rows(family, "commits")["commits"][other]

@@ -108,8 +108,9 @@ def test_what_was_collected_meanwhile_is_not_relied_on(store: Store) -> None:
     one = commit_of("a")
     gone = replace(commit_of("b"), parents=(Parent(one.id, "previous"),))
     for changes in (Changes(commits=[gone]), Changes(refs=[RefUpdate("m", None, one.id)])):
-        with pytest.raises(ConflictError, match="went away"):
+        with pytest.raises(ConflictError, match=f"commit {one.id.short} went away") as caught:
             publish(store.catalog, None, changes)
+        assert caught.value.hint == "Run the command again."
     old, new = NOISE[0], NOISE[0] ^ 1
     with Staging(store.layout, store.catalog) as staging:
         stage(staging)

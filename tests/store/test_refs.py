@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from mergepipe.store.catalog import Catalog, open_catalog, release_catalog
@@ -22,6 +22,7 @@ from mergepipe.store.refs import (
     encode_ref,
     find_ref,
     load_commit,
+    ref_name_for,
     ref_name_from,
     require_ref,
     resolve,
@@ -80,7 +81,7 @@ class TestNames:
     @pytest.mark.parametrize(
         "name",
         ["", "/a", "a/", "a//b", "-a", ".a", "a/.b", "a..b", "a b", "a:b", "a~1", "a^", "a@{1}", "é", "a.lock",
-         "x" * 201, "a\n", "a\0b", "..", "a\\b"],
+         "x" * 201, "a\n", "a\0b", "..", "a\\b", "auto"],
     )  # fmt: skip
     def test_bad_ones(self, name: str) -> None:
         with pytest.raises(UsageError, match="cannot be a ref's name") as caught:
@@ -88,6 +89,7 @@ class TestNames:
         assert caught.value.hint
 
     @given(st.text(max_size=300))
+    @example("auto")
     def test_every_folder_gives_a_good_one(self, text: str) -> None:
         assert check_ref_name(ref_name_from(text))
 
@@ -102,10 +104,18 @@ class TestNames:
             ("a..b", "a.b"),
             (".hidden", "hidden"),
             ("x.lock.lock", "x"),
+            ("X-ray", "X-ray"),
+            ("auto", "model-auto"),
         ],
     )
     def test_names_made_from_folders(self, text: str, name: str) -> None:
         assert ref_name_from(text) == name
+
+    def test_a_file_gives_its_name_without_what_kind_it_is(self, tmp_path: Path) -> None:
+        (tmp_path / "v1.5").mkdir()
+        assert ref_name_for(tmp_path / "v1.5") == "v1.5"
+        (tmp_path / "v1.5.safetensors").write_bytes(b"")
+        assert ref_name_for(tmp_path / "v1.5.safetensors") == "v1.5"
 
     @given(st.text(max_size=20), st.binary(min_size=32, max_size=32), st.sampled_from(["branch", "tag"]))
     def test_rows_come_back(self, name: str, commit: bytes, kind: str) -> None:
@@ -216,10 +226,22 @@ class TestResolving:
     def test_too_far_back_says_what_the_commit_has(self, history: History) -> None:
         base = history.commit("base")
         history.move("m", history.commit("1", base, base))
-        with pytest.raises(NotFoundError, match="2 parents"):
+        with pytest.raises(NotFoundError, match="has 2 parents") as caught:
             history.resolve("m^3")
-        with pytest.raises(NotFoundError, match="no parent"):
+        assert caught.value.hint == "`mp log --graph` shows them."
+        with pytest.raises(NotFoundError, match="has no parent"):
             history.resolve("m~2")
+        with pytest.raises(NotFoundError, match="moved only 1 times") as caught:
+            history.resolve("m@{1}")
+        assert caught.value.hint == "`mp log REF --reflog`"
+
+    def test_a_row_of_the_log_that_cannot_be_read_is_damage(self, history: History) -> None:
+        history.move("m", history.commit("1"))
+        key = next(iter(catalog_rows_of(history, "reflog")))
+        for row, reason in ((b"{", "a reflog row: not valid JSON"), (b'{"new":"x"}', "x")):
+            history.catalog.write(lambda view, row=row: view.put("reflog", key, row))  # type: ignore[misc]
+            with pytest.raises(DamagedError, match=f"log of ref 'm' cannot be read .*{reason}"):
+                history.resolve("m@{0}")
 
     def test_the_nearest_is_suggested(self, history: History) -> None:
         with pytest.raises(NotFoundError) as caught:
@@ -231,6 +253,14 @@ class TestResolving:
             with pytest.raises(NotFoundError) as caught:
                 find("experts/mth")
             assert caught.value.hint == "Did you mean 'experts/math'?"
+        with pytest.raises(NotFoundError, match="there is no ref 'zzz'") as caught:
+            require_in(history, "zzz")
+        assert caught.value.hint == "`mp ls` lists the refs."
+
+
+def catalog_rows_of(history: History, database: str) -> dict[bytes, bytes]:
+    with history.catalog.reading() as view:
+        return dict(view.items(database))
 
 
 def require_in(history: History, name: str) -> Ref:

@@ -62,6 +62,7 @@ def _as_json(recovery: Recovery) -> dict[str, Any]:
         "damaged": [{"id": digest.hex(), "reason": why} for digest, why in sorted(recovery.found.damaged.items())],
         "commits": sorted(digest.hex() for digest in recovery.commits),
         "unfinished": [digest.hex() for digest in restored.unfinished],
+        "lost_commits": [digest.hex() for digest in recovery.lost],
         "refs_from": restored.source,
         "refs": [
             {"ref": ref.name, "type": ref.kind, "commit": ref.commit.hex()} for _, ref in sorted(restored.refs.items())
@@ -88,6 +89,9 @@ def _print_found(recovery: Recovery, *, full: bool) -> None:
         [f"{paint('damaged', 'red')}  {digest.short}: {why}" for digest, why in sorted(found.damaged.items())]
     )  # fmt: skip
     say(f"commits  {len(recovery.commits):,}")
+    _print_some(
+        [f"{paint('lost', 'red')}     commit {digest.short}, which others were made from" for digest in recovery.lost]
+    )
     if restored.unfinished:
         say(f"         {plural(len(restored.unfinished), 'commit')} left out, which a crash left unfinished")
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import struct
 import threading
 import time
@@ -49,6 +50,7 @@ _NEARLY_FULL_BYTES: Final = 1 << 20
 _READ_AHEAD_BYTES: Final = 512 << 20
 _OBJECT_ROW = struct.Struct("<BBBB4xQQQ32s")
 _NO_BASE: Final = bytes(DIGEST_BYTES)
+_READER: Final = re.compile(r"^ *\d+ ", re.MULTILINE)  # a line of LMDB's list, which has those that are reading now
 
 
 @dataclass(frozen=True, slots=True)
@@ -215,7 +217,7 @@ class Catalog:
         used = (pages + 2) * page  # and the two meta pages
         return CatalogState(
             info["map_size"], used, max((info["last_pgno"] + 1) * page - used, 0), info["max_readers"],
-            info["num_readers"], cleared,
+            len(_READER.findall(self._env.readers())), cleared,
         )  # fmt: skip
 
     def check(self) -> None:

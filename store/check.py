@@ -25,7 +25,7 @@ from mergepipe.store.errors import BadInputError, DamagedError, MergePipeError, 
 from mergepipe.store.frame import Encoding, Kind
 from mergepipe.store.parallel import Progress, counter, default_workers, run_bounded
 from mergepipe.store.previews import PreviewRow, read_preview, unpack_row
-from mergepipe.store.refs import all_refs
+from mergepipe.store.refs import all_refs, known_lost
 from mergepipe.store.replace import settle
 from mergepipe.store.snapshot import Snapshot
 from mergepipe.store.usage import object_ids, with_bases
@@ -198,8 +198,10 @@ def _rows_of(store: Store, snapshot: Snapshot, findings: _Findings) -> dict[Dige
     rows: dict[Digest, ObjectRow] = {}
     try:
         needed = with_bases(store, object_ids(snapshot))
-    except DamagedError:  # nobody knows what a damaged tree needs: look at everything
-        return _all_rows(store)
+    except DamagedError as error:  # nobody knows what a damaged tree needs: look at everything
+        rows = _all_rows(store)
+        _note_lost(store, error, rows, findings, f"commit {snapshot.commit_id.short}")
+        return rows
     findings.rows = {block: what for block, what in findings.rows.items() if block in needed}
     of_these = ((digest, [each for each in all_ if each.block in needed]) for digest, all_ in findings.previews.items())
     findings.previews = {digest: previewed for digest, previewed in of_these if previewed}
@@ -275,10 +277,13 @@ def _check_preview(store: Store, digest: Digest, row: ObjectRow, previewed: Iter
 
 
 def _check_records(store: Store, rows: dict[Digest, ObjectRow], findings: _Findings) -> None:
-    """Refs point at commits, commits at trees, trees at objects that have rows."""
+    """Refs point at commits, commits at parents and trees, trees at objects that have rows.
+
+    Parents that a recovery did not find are no news.
+    """
     with store.catalog.reading() as view:
         commits = [(Digest(key), value) for key, value in view.items("commits")]
-        refs = all_refs(view)
+        refs, lost = all_refs(view), known_lost(view)
     known = {digest for digest, _ in commits}
     for ref in refs:
         if ref.commit not in known:
@@ -288,6 +293,10 @@ def _check_records(store: Store, rows: dict[Digest, ObjectRow], findings: _Findi
             commit = decode_commit(value, f"commit {digest.short}")
             if commit.id != digest:
                 raise BadInputError(f"the catalog's copy of commit {digest.short} is not that commit")
+            for parent in commit.parents:
+                if parent.commit not in known and parent.commit not in lost:
+                    reason = f"commit {digest.short} was made from it, and it is not there"
+                    findings.reasons[parent.commit] = ("commit", reason)
             _check_sizes(Snapshot(store.reader, digest, commit), rows, findings)
             for needed in object_ids(Snapshot(store.reader, digest, commit)):
                 if needed not in rows and not _has_row(store, needed):
@@ -295,9 +304,18 @@ def _check_records(store: Store, rows: dict[Digest, ObjectRow], findings: _Findi
         except DamagedError as error:
             if isinstance(error.__cause__, BadInputError):  # what its id says, and no node: its own check finds nothing
                 findings.reasons[digest] = ("commit", error.message)
-            # else the node itself is found below, by its own check
+            _note_lost(store, error, rows, findings, f"commit {digest.short}")  # one that has a row is found below
         except MergePipeError as error:
             findings.reasons[digest] = ("commit", error.message)
+
+
+def _note_lost(
+    store: Store, error: DamagedError, rows: Mapping[Digest, ObjectRow], findings: _Findings, user: str
+) -> None:
+    """What cannot be read and has no row is looked at by nobody else."""
+    lost = error.object_id
+    if lost is not None and lost not in rows and not _has_row(store, lost):
+        findings.reasons[lost] = ("unknown", f"{user} needs it, and it is not there")
 
 
 def _has_row(store: Store, digest: Digest) -> bool:

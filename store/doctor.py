@@ -271,6 +271,8 @@ def _content(layout: Layout, catalog: Catalog, scan_seconds: float) -> Iterator[
 def _scan_folder(layout: Layout, view: Reading, fan: int, pending: set[Digest], scan: _Scan) -> None:
     folder = layout.objects / f"{fan:02x}"
     files: dict[str, int] = {}
+    if folder.exists() and not folder.is_dir():
+        scan.strange.append(folder.name)
     for entry in _entries(folder):
         if len(entry.name) == 62 and set(entry.name) <= _HEX and entry.is_file(follow_symlinks=False):
             files[folder.name + entry.name] = entry.stat(follow_symlinks=False).st_size
@@ -291,7 +293,7 @@ def _entries(folder: Path) -> Sequence[os.DirEntry[str]]:
     try:
         with os.scandir(folder) as entries:
             return list(entries)
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return ()
     except OSError as error:
         raise EnvironmentalError(f"{folder} cannot be read: {error.strerror}") from error

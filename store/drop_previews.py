@@ -22,7 +22,7 @@ from mergepipe.store.catalog import Reading, Writing
 from mergepipe.store.digest import DIGEST_BYTES, Digest
 from mergepipe.store.errors import ConflictError, DamagedError, NotFoundError
 from mergepipe.store.frame import Kind
-from mergepipe.store.gc import remove_files
+from mergepipe.store.gc_files import remove_files
 from mergepipe.store.leases import is_abandoned
 from mergepipe.store.usage import object_ids
 

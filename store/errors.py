@@ -19,7 +19,10 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
+
+if TYPE_CHECKING:
+    from mergepipe.store.digest import Digest
 
 
 class MergePipeError(Exception):
@@ -54,8 +57,14 @@ class BadInputError(MergePipeError):
 
 
 class DamagedError(MergePipeError):
+    """``object_id``: the object that is damaged, where that is one."""
+
     kind = "damaged"
     exit_code = 5
+
+    def __init__(self, message: str, *, hint: str | None = None, object_id: Digest | None = None) -> None:
+        super().__init__(message, hint=hint)
+        self.object_id = object_id
 
 
 class ConflictError(MergePipeError):

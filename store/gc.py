@@ -14,10 +14,8 @@ a crash, go as well. A collection that dies at any point leaves such files at mo
 
 from __future__ import annotations
 
-import os
-import re
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -31,9 +29,10 @@ from mergepipe.store.digest import DIGEST_BYTES, Digest
 from mergepipe.store.errors import BadInputError, DamagedError, NotFoundError, UsageError
 from mergepipe.store.filesystem import explain_os_error
 from mergepipe.store.frame import Kind
+from mergepipe.store.gc_files import remove_files, remove_unfinished_files, stray_files, unfinished_files
 from mergepipe.store.history import reflog
 from mergepipe.store.leases import living_leases, remove_abandoned
-from mergepipe.store.refs import all_refs, load_commit
+from mergepipe.store.refs import all_refs, known_lost, load_commit
 from mergepipe.store.usage import object_ids
 
 if TYPE_CHECKING:
@@ -41,9 +40,7 @@ if TYPE_CHECKING:
 
 DEFAULT_GRACE_SECONDS: Final = 14 * 86400
 _PATIENT_TRIES: Final = 4
-_FILES_A_LOCK: Final = 256  # writers wait while files are removed, so not for all of them
-_UNFINISHED: Final = re.compile(r"(refs\.journal|store\.json)\.\d+\.part\Z")
-_HEX: Final = frozenset("0123456789abcdef")
+_PATIENT_LOOKS: Final = 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,8 +91,15 @@ def collect(store: Store, *, apply: bool = False, grace_seconds: float = DEFAULT
 
     Raises:
         DamagedError: the catalog cannot be read, or a commit that is needed, so nobody knows what it needs.
-        EnvironmentalError: the store cannot be written.
+        EnvironmentalError: the store cannot be written, or leases in it cannot be read.
     """
+    try:
+        return _collect(store, apply, grace_seconds)
+    except OSError as error:
+        raise explain_os_error(error, "looking for what nothing needs") from error
+
+
+def _collect(store: Store, apply: bool, grace_seconds: float) -> Collection:
     store.catalog.check()
     limit = int(time.time() - grace_seconds) + 1  # in whole seconds, as ages are kept: without grace, all is old
     if apply:
@@ -112,14 +116,16 @@ def collect(store: Store, *, apply: bool = False, grace_seconds: float = DEFAULT
             raise
         if not apply:
             with store.catalog.reading() as view:
+                if _state(view) != marked.state and tries < _PATIENT_LOOKS:
+                    continue
                 dead = _dead(view, marked, _relied_on(store), limit)
-            return _report(dead, {**_stray(store, limit), **_unfinished(store, limit)})
+            return _report(dead, {**stray_files(store, limit), **unfinished_files(store, limit)})
         removal = partial(_remove_rows, store, marked, _relied_on(store), limit, patient=tries < _PATIENT_TRIES)
         removed = store.catalog.write(removal)
     remove_files(store, [Path(store.layout.object_path(digest)) for digest in removed.objects])
-    stray = _stray(store, limit)
-    remove_files(store, list(stray))
-    unfinished = store.catalog.write(lambda _: _remove_unfinished(store, limit))
+    found = stray_files(store, limit)
+    stray = {path: found[path] for path in remove_files(store, list(found))}
+    unfinished = store.catalog.write(lambda _: remove_unfinished_files(store, limit))
     return _report(removed, {**stray, **unfinished})
 
 
@@ -158,12 +164,18 @@ def _mark(store: Store, limit: int) -> _Marked:
     found = _Marked()
     with store.catalog.reading() as view:
         found.state = _state(view)
-        waiting = list(_roots(store, view, limit))
+        waiting, lost = list(_roots(store, view, limit)), known_lost(view)
         while waiting:
             digest = waiting.pop()
-            if digest in found.commits:
+            if digest in found.commits or (digest in lost and view.get("commits", digest) is None):
                 continue
-            commit = load_commit(view, digest)
+            try:
+                commit = load_commit(view, digest)
+            except NotFoundError as error:
+                raise DamagedError(
+                    f"commit {digest.short} is not there, and what it needs is not known",
+                    hint="`mp verify` says what leads to it, and `mp heal --from STORE` can bring it back.",
+                ) from error
             found.commits.add(digest)
             waiting += [parent.commit for parent in commit.parents]
             if commit.plan is not None:
@@ -207,15 +219,19 @@ def _unix_time(text: str) -> float:
 
 
 def _named_in_plan(store: Store, plan: Digest) -> list[Digest]:
-    """Commits that a plan names beside its inputs, which are parents: the models that adapters go onto."""
+    """Commits that a plan names beside its inputs, which are parents: the models that adapters go onto.
+
+    Raises:
+        DamagedError: it cannot be read, so nobody knows.
+    """
     try:
         value: Any = load_strict(store.reader.read_record(Kind.PLAN, plan), f"plan {plan.short}")
         inputs = [value["base"], *value["experts"]]
         return [Digest.parse(item["onto"]) for item in inputs if item.get("onto")]
-    except (BadInputError, DamagedError):
-        return []  # a damaged plan names nothing, and `mp verify` reports it
-    except (KeyError, TypeError, ValueError, AttributeError):
-        return []
+    except (BadInputError, KeyError, TypeError, ValueError, AttributeError) as error:
+        raise DamagedError(
+            f"plan {plan.short} cannot be read, and what it needs is not known", hint="`mp verify` says more."
+        ) from error
 
 
 def _state(view: Reading) -> bytes:
@@ -294,65 +310,6 @@ def _needed_previews(view: Reading, objects: AbstractSet[Digest]) -> set[Digest]
         for key, value in view.items("previews")
         if value and key[:DIGEST_BYTES] in objects and key[DIGEST_BYTES : 2 * DIGEST_BYTES] in objects
     }
-
-
-def _stray(store: Store, limit: int) -> dict[Path, int]:
-    """Files among the objects that have no row and are older than the limit, with their sizes."""
-    found: dict[Path, int] = {}
-    for folder in os.scandir(store.layout.objects):
-        if not folder.is_dir(follow_symlinks=False) or len(folder.name) != 2:
-            continue
-        files = [entry for entry in os.scandir(folder.path) if entry.is_file(follow_symlinks=False)]
-        with store.catalog.reading() as view:
-            for entry in files:
-                name = folder.name + entry.name
-                if len(name) != 2 * DIGEST_BYTES or not set(name) <= _HEX:
-                    continue  # not ours
-                if view.get("objects", bytes.fromhex(name)) is None:
-                    status = entry.stat(follow_symlinks=False)
-                    if status.st_mtime < limit:
-                        found[Path(entry.path)] = status.st_size
-    return found
-
-
-def _unfinished(store: Store, limit: int) -> dict[Path, int]:
-    """What a process left that was killed while it wrote the journal or the settings, with sizes."""
-    found: dict[Path, int] = {}
-    for entry in os.scandir(store.layout.root):
-        if _UNFINISHED.match(entry.name) and entry.is_file(follow_symlinks=False):
-            status = entry.stat(follow_symlinks=False)
-            if status.st_mtime < limit:
-                found[Path(entry.path)] = status.st_size
-    return found
-
-
-def _remove_unfinished(store: Store, limit: int) -> dict[Path, int]:
-    """The same, removed: under the write lock nobody is writing them now."""
-    found = _unfinished(store, limit)
-    try:
-        for path in found:
-            path.unlink(missing_ok=True)
-    except OSError as error:
-        raise explain_os_error(error, "removing unfinished files") from error
-    return found
-
-
-def remove_files(store: Store, paths: Sequence[Path]) -> None:
-    """Remove object files, but for those that have a row again: somebody may have written them anew."""
-
-    def removal(batch: Sequence[Path]) -> Callable[[Writing], None]:
-        def remove(view: Writing) -> None:
-            for path in batch:
-                if view.get("objects", bytes.fromhex(path.parent.name + path.name)) is None:
-                    path.unlink(missing_ok=True)
-
-        return remove
-
-    try:
-        for start in range(0, len(paths), _FILES_A_LOCK):
-            store.catalog.write(removal(paths[start : start + _FILES_A_LOCK]))
-    except OSError as error:
-        raise explain_os_error(error, "removing objects") from error
 
 
 def _report(dead: _Dead, stray: dict[Path, int]) -> Collection:

@@ -236,13 +236,18 @@ def _marked(view: Reading, digest: Digest) -> Broken:
 
 
 def _lost_commits(view: Reading) -> Iterator[tuple[Digest, str]]:
-    """Commits that refs point at and the catalog lacks, and those of which its copy is another."""
+    """Commits that refs or other commits lead to and the catalog lacks, and those of which its copy is another."""
     for ref in all_refs(view):
         if view.get("commits", ref.commit) is None:
             yield ref.commit, f"ref {ref.name!r} points at it, and it is not there"
     for key, value in view.items("commits"):
-        if _as_commit(Digest(key), value) is None:
+        commit = _as_commit(Digest(key), value)
+        if commit is None:
             yield Digest(key), "the catalog's copy of it is wrong"
+            continue
+        for parent in _parents([commit]):
+            if view.get("commits", parent) is None:
+                yield parent, f"commit {commit.id.short} was made from it, and it is not there"
 
 
 def _as_commit(digest: Digest, data: bytes) -> Commit | None:

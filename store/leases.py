@@ -43,7 +43,7 @@ class Lease:
     pinned: frozenset[Digest]
 
     def relied_on(self) -> set[Digest]:
-        """Objects that were in the store when the owner wanted to write them, and that it counts on."""
+        """Objects that were in the store when the owner wanted to write them, and that it counts on. Raises OSError."""
         return set(_ids(self.folder / _RELIED_ON))
 
 
@@ -161,10 +161,10 @@ def reading(temporary: Path, commits: Iterable[Digest]) -> Iterator[None]:
 
 
 def living_leases(temporary: Path) -> list[Lease]:
-    """The leases of all that run, and of all that cannot be judged."""
+    """The leases of all that run, and of all that cannot be judged. Raises OSError where they cannot be read."""
     try:
         folders = [Path(entry.path) for entry in os.scandir(temporary) if entry.is_dir(follow_symlinks=False)]
-    except OSError:
+    except FileNotFoundError:
         return []
     return [Lease(folder, frozenset(_ids(folder / _PINS))) for folder in folders if not is_abandoned(folder)]
 
@@ -173,7 +173,7 @@ def _ids(path: Path) -> Iterator[Digest]:
     """Ids one after the other; a last one that is not whole is still being written."""
     try:
         data = path.read_bytes() if path.is_file() else b""
-    except OSError:
+    except FileNotFoundError:  # it is over
         return
     for start in range(0, len(data) - DIGEST_BYTES + 1, DIGEST_BYTES):
         yield Digest(data[start : start + DIGEST_BYTES])

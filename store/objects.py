@@ -60,7 +60,7 @@ def may_unfold(raw_bytes: int, payload_bytes: int) -> bool:
     return raw_bytes <= max(_UNFOLDED_BYTES, _UNFOLDED_SHARE * payload_bytes)
 
 
-def _no_pipes(path: str, flags: int) -> int:
+def no_pipes(path: str, flags: int) -> int:
     """For ``open``: a stranger's store can have a named pipe in an object's place, and nobody who writes into it."""
     return os.open(path, flags | os.O_NONBLOCK)
 
@@ -192,7 +192,7 @@ class ObjectReader:
             DamagedError: the object is missing or its header cannot be read.
         """
         try:
-            with open(self.layout.object_path(digest), "rb", buffering=0, opener=_no_pipes) as file:
+            with open(self.layout.object_path(digest), "rb", buffering=0, opener=no_pipes) as file:
                 return unpack_header(file.read(HEADER_BYTES))
         except (OSError, ValueError) as error:
             raise self._damaged(digest, _reason(error)) from error
@@ -230,7 +230,7 @@ class ObjectReader:
     def _load(self, digest: Digest, role: Role, slot: str = "own") -> tuple[Header, memoryview]:
         """Header and payload; the payload lives in this thread's buffer until the next load into its slot."""
         try:
-            with open(self.layout.object_path(digest), "rb", buffering=0, opener=_no_pipes) as file:
+            with open(self.layout.object_path(digest), "rb", buffering=0, opener=no_pipes) as file:
                 size = os.fstat(file.fileno()).st_size
                 if size > HEADER_BYTES + MAXIMUM_RECORD_BYTES:
                     raise ValueError(f"the file has {size} bytes, more than an object can have")
@@ -265,6 +265,7 @@ class ObjectReader:
         return DamagedError(
             f"object {digest.short} {reason} ({self.layout.object_path(digest)})",
             hint="`mp verify` lists what is damaged and what uses it. Ingesting the same checkpoint again repairs it.",
+            object_id=digest,
         )
 
 

@@ -36,10 +36,11 @@ from mergepipe.store.leases import is_abandoned
 from mergepipe.store.lmdb_file import Rows, read_databases
 from mergepipe.store.parallel import Progress
 from mergepipe.store.rebuild import Found, children_rows, is_whole, scan
+from mergepipe.store.refs import LOST
 from mergepipe.store.restore_refs import Restored, restore
 
 DERIVED: Final = ("deltas", "tensors", "results")
-_COMPARED: Final = ("objects", "commits", "children", "refs", "reflog", "previews")
+_COMPARED: Final = ("objects", "commits", "children", "refs", "reflog", "previews", "meta")
 _INCOMPLETE: Final = "incomplete"
 _ROWS_A_TRANSACTION: Final = 20_000
 
@@ -70,6 +71,13 @@ class Recovery:
         left_out = set(self.restored.unfinished)
         return {digest: commit for digest, commit in self.found.commits.items() if digest not in left_out}
 
+    @property
+    def lost(self) -> list[Digest]:
+        """Commits that others were made from, and that are not there."""
+        commits = self.commits
+        parents = {parent.commit for commit in commits.values() for parent in commit.parents}
+        return sorted(parents - commits.keys())
+
     def rows(self) -> dict[str, Rows]:
         """All rows of the new catalog, by database."""
         refs, reflog = self.restored.rows()
@@ -82,6 +90,7 @@ class Recovery:
             "previews": dict(self.found.previews),
             "refs": refs,
             "reflog": reflog,
+            "meta": {LOST: b"".join(self.lost)} if self.lost else {},
         }
 
 
@@ -154,6 +163,8 @@ def _differences(new: Mapping[str, Rows], old: Mapping[str, Rows]) -> dict[str, 
 def _comparable(name: str, rows: Rows) -> Rows:
     if name == "objects":
         return {key: value[:24] + value[32:] for key, value in rows.items()}
+    if name == "meta":
+        return {key: value for key, value in rows.items() if key == LOST}
     return {key: value for key, value in rows.items() if value} if name == "previews" else rows
 
 

@@ -19,11 +19,12 @@ from typing import Final
 from mergepipe.store.canonical import brief, dump_canonical, load_strict
 from mergepipe.store.catalog import Reading
 from mergepipe.store.commits import Commit, decode_commit
-from mergepipe.store.digest import Digest
+from mergepipe.store.digest import DIGEST_BYTES, Digest
 from mergepipe.store.errors import BadInputError, DamagedError, NotFoundError, UsageError, nearest
 
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._+-]*(/[A-Za-z0-9_][A-Za-z0-9._+-]*)*\Z")
 _MAXIMUM_NAME: Final = 200
+LOST: Final = b"lost"
 _STEP = re.compile(r"(~|\^)(\d{0,9})|@\{(\d{1,9})\}")
 _HEX_PREFIX = re.compile(r"[0-9a-f]{4,64}\Z")
 
@@ -116,6 +117,15 @@ def load_commit(view: Reading, digest: Digest) -> Commit:
         return commit
     except BadInputError as error:
         raise DamagedError(error.message, hint="`mp verify` lists what is damaged.") from error
+
+
+def known_lost(view: Reading) -> set[Digest]:
+    """Commits of the history that a recovery did not find: others were made from them, and nothing can be said of them.
+
+    One that came back since is among them still.
+    """
+    row = view.get("meta", LOST) or b""
+    return {Digest(row[start : start + DIGEST_BYTES]) for start in range(0, len(row) - DIGEST_BYTES + 1, DIGEST_BYTES)}
 
 
 def resolve(view: Reading, text: str) -> Digest:

@@ -33,6 +33,7 @@ from mergepipe.store.frame import HEADER_BYTES, Encoding, Header, Kind, unpack_h
 from mergepipe.store.interrupts import too_late_to_interrupt
 from mergepipe.store.layout import Layout
 from mergepipe.store.leases import is_abandoned
+from mergepipe.store.objects import no_pipes
 from mergepipe.store.staging import Batch
 
 _NOTE: Final = b"repack\0"
@@ -93,6 +94,9 @@ def settle(catalog: Catalog, layout: Layout) -> int:
     def change(view: Writing) -> int:
         notes = list(view.items("meta", _NOTE))
         for key, _ in notes:
+            if len(key) != len(_NOTE) + DIGEST_BYTES:  # nobody's
+                view.delete("meta", key)
+                continue
             digest = Digest(key[len(_NOTE) :])
             row, header = view.object_row(digest), _header_of(layout, digest)
             if row is not None and header is not None:
@@ -105,7 +109,8 @@ def settle(catalog: Catalog, layout: Layout) -> int:
 
 def unsettled(view: Reading) -> set[Digest]:
     """Objects whose row may disagree with their file, because a repack replaces them now, or died in the middle."""
-    return {Digest(key[len(_NOTE) :]) for key, _ in view.items("meta", _NOTE)}
+    ids = (key[len(_NOTE) :] for key, _ in view.items("meta", _NOTE))
+    return {Digest(each) for each in ids if len(each) == DIGEST_BYTES}
 
 
 def bases_of_deltas(view: Reading) -> set[bytes]:
@@ -211,7 +216,7 @@ def _agree(one: ObjectRow, other: ObjectRow) -> bool:
 def _header_of(layout: Layout, digest: Digest) -> Header | None:
     """The header of a file that has the size that it says; None where there is none."""
     try:
-        with open(layout.object_path(digest), "rb", buffering=0) as file:  # noqa: PTH123
+        with open(layout.object_path(digest), "rb", buffering=0, opener=no_pipes) as file:
             header = unpack_header(file.read(HEADER_BYTES))
             return header if os.fstat(file.fileno()).st_size == header.stored_bytes else None
     except (OSError, ValueError):

@@ -120,6 +120,18 @@ class TestReports:
         assert found.reason == f"object {block.short} is not in the catalog"
         assert found.used_by == ("expert0:model.layers.0.self_attn.q_proj.weight",)
 
+    @pytest.mark.parametrize("ref", [None, "expert1"])
+    def test_a_node_that_has_neither_row_nor_file(self, family: Store, ref: str | None) -> None:
+        for lost in (
+            next(iter(family.snapshot("expert1").root.nodes.values())),
+            family.snapshot("expert1").commit.tree,
+        ):
+            family.catalog.write(lambda view, lost=lost: view.delete("objects", lost))  # type: ignore[misc]
+            object_path(family, lost).unlink()
+            found = {item.id: item for item in verify(family, ref).damaged}
+            assert "needs it, and it is not there" in found[lost].reason
+            assert "expert1" in found[lost].used_by
+
     def test_of_very_many_that_need_it_some_are_named(self, family: Store) -> None:
         commit = family.resolve("base")
         names = [f"same{number:02}" for number in range(30)]

@@ -6,11 +6,14 @@ import json
 import os
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 
 from mergepipe.store import checkpoint as checkpoint_module
-from mergepipe.store.checkpoint import is_safe_path, open_checkpoint
+from mergepipe.store.checkpoint import OpenFile, is_safe_path, open_checkpoint
 from mergepipe.store.errors import BadInputError, NotFoundError
+from mergepipe.store.folder import walk_folder
 from support.checkpoints import HeaderStyle, random_tensor, write_checkpoint, write_safetensors
 
 TENSORS = {f"layers.{i}.weight": random_tensor("BF16", (4, 4), i) for i in range(5)}
@@ -125,6 +128,26 @@ class TestWhatIsWrong:
         os.mkfifo(tmp_path / "model.safetensors")
         assert "neither a file nor a folder" in refused(tmp_path / "model.safetensors").message
         assert "neither a file nor a folder" in refused(tmp_path).message
+
+    def test_a_folder_that_is_not_there(self, tmp_path: Path) -> None:
+        with pytest.raises(NotFoundError):
+            open_checkpoint(tmp_path / "nowhere" / "m")
+        with pytest.raises(BadInputError, match="cannot be read"):
+            walk_folder(tmp_path / "nowhere")
+
+    def test_a_file_that_goes_and_one_that_the_system_does_not_read(self, tmp_path: Path) -> None:
+        with pytest.raises(BadInputError, match="cannot be opened"):
+            OpenFile(tmp_path / "gone")
+        folder = OpenFile(tmp_path)
+        with pytest.raises(BadInputError, match="cannot be read"):
+            folder.read_into(0, np.empty(1, np.uint8))
+        folder.close()
+
+    def test_an_index_of_pytorch_files_that_disagrees_with_them(self, tmp_path: Path) -> None:
+        torch.save({"a": torch.zeros(2)}, tmp_path / "pytorch_model-00001-of-00001.bin")
+        index = {"weight_map": dict.fromkeys(("a", "b"), "pytorch_model-00001-of-00001.bin")}
+        (tmp_path / "pytorch_model.bin.index.json").write_text(json.dumps(index))
+        assert "disagrees with shard pytorch_model-00001-of-00001.bin about tensor 'b'" in refused(tmp_path).message
 
     def test_a_shard_that_the_index_names_is_missing(self, tmp_path: Path) -> None:
         folder = write_checkpoint(tmp_path / "m", TENSORS, shards=3)

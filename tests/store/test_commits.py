@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from dataclasses import replace
 from typing import Any
@@ -92,6 +93,13 @@ def test_times_are_in_utc_and_sort_as_text() -> None:
     one, other = timestamp_now(), timestamp_now()
     assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{6}Z", one)
     assert one <= other
+
+
+def test_whom_the_system_does_not_know_is_unknown(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("MP_AUTHOR", "LOGNAME", "USER", "LNAME", "USERNAME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(os, "getuid", lambda: 2**31 - 7)
+    assert default_author() == "unknown"
 
 
 def test_the_author_comes_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:

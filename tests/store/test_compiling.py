@@ -70,6 +70,17 @@ assert kept.doubled(source.astype(np.float32), out) == 10
     use(folder, "assert kept.by(source, out, 2.0) == 10 and out.tolist() == source.tolist() and not prepared()")
 
 
+def test_what_no_cache_can_keep_is_compiled_all_the_same(tmp_path: Path) -> None:
+    """A function that no file holds has no place in any cache."""
+    made = """
+exec("def tripled(x): return 3 * x")
+from mergepipe.store.compiling import compile_cached
+compiled = compile_cached(tripled)
+assert compiled(2) == 6 and compiled.signatures and compiled.stats.cache_path is None
+"""
+    run_python(made, NUMBA_CACHE_DIR=str(tmp_path))
+
+
 def test_other_releases_of_numba_load_as_they_do(folder: Path) -> None:
     other = """
 from importlib import reload

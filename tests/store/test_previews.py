@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from mergepipe.store import Digest, Store
+from mergepipe.store import analyze as analyze_module
 from mergepipe.store.analyze import Analysis, analyze, lacking, level_for
 from mergepipe.store.codecs import Bytes
 from mergepipe.store.digest import hash_bytes
@@ -208,7 +209,17 @@ class TestWhatHasNone:
         new = np.full(200 * SEGMENT, 1e-6, np.float32)
         new[:SEGMENT] = 1e6
         made = make(new, np.zeros_like(new), "F32")
-        assert made is None or np.isfinite(made[1].scales).all()
+        assert made is not None
+        assert np.isfinite(made[1].scales).all()
+        new[1:SEGMENT] = 0
+        assert make(new, np.zeros_like(new), "F32") is None
+
+    def test_one_that_keeps_nothing(self) -> None:
+        """All that changed is in a last segment too short for a share of it to be an element."""
+        new = np.zeros(LEAST_ELEMENTS + 2, np.float32)
+        new[-1] = 1
+        assert make(new, np.zeros_like(new), "F32") is None
+        assert make(np.append(new, [0, 0]).astype(np.float32), np.zeros(LEAST_ELEMENTS + 4, np.float32), "F32")
 
 
 class TestSparse:
@@ -267,6 +278,18 @@ class TestContent:
             assert (sums[:, 0] == (signs > 0).reshape(segments, SEGMENT).sum(1)).all()
             np.testing.assert_allclose(sums[:, 1], kept.sum(axis=1), rtol=1e-6)
             np.testing.assert_allclose(sums[:, 2], (sizes**2).sum(axis=1), rtol=1e-6)
+
+    @pytest.mark.parametrize("share", [*SHARES.values(), 0.0])
+    @pytest.mark.parametrize("octaves", [0, 1, 60])
+    def test_codes_of_magnitudes_near_the_smallest(self, share: float, octaves: int) -> None:
+        """All within eight octaves of zero; or most of them, or few; half are zeros."""
+        generator = np.random.default_rng(2)
+        delta = generator.standard_normal(SEGMENT) * 1e-38 * 2.0 ** (octaves * generator.random(SEGMENT) ** 2)
+        delta[generator.random(SEGMENT) < 0.5] = 0
+        delta = delta.astype(np.float32)
+        codes = np.empty(SEGMENT // 4, np.uint8)
+        codes_of_float32(delta, share, codes, np.empty((1, 3)))
+        assert np.array_equal(codes, plain_codes(delta, share))
 
     def test_any_part_of_the_delta_can_be_had(self) -> None:
         generator = np.random.default_rng(3)
@@ -531,6 +554,54 @@ class TestAnalyze:
         assert preview_rows(first) == preview_rows(second)
         assert make_all(first, "expert") == make_all(second, "expert") == Analysis()
         assert catalog_rows(first, "tensors") == catalog_rows(second, "tensors")
+
+    def test_blocks_too_small_for_them_are_looked_into_once(self, store: Store, tmp_path: Path) -> None:
+        base, experts = write_family(tmp_path)
+        fill(store, base, experts)
+        assert make_all(store, "expert0").previews == 0
+        assert set(preview_rows(store).values()) == {b""}
+        assert make_all(store, "expert0") == Analysis()
+
+    def test_tensors_of_another_shape_have_none(self, make_big: Callable[..., Store], tmp_path: Path) -> None:
+        weights = base_weights()
+        tuned = fine_tune(weights, 0)
+        tuned["model.embed_tokens.weight"] = np.tile(weights["model.embed_tokens.weight"], (1, 4))
+        store = make_big()
+        store.ingest([write_model(tmp_path / "base", weights)])
+        store.ingest([write_model(tmp_path / "expert", tuned)])
+        found = make_all(store, "expert")
+        assert (found.tensors, found.previews) == (6, 9)
+        assert make_all(store, "expert") == Analysis()
+
+    def test_a_block_whose_statistics_are_lost_is_measured_again(
+        self, make_big: Callable[..., Store], tmp_path: Path
+    ) -> None:
+        base, experts = write_family(tmp_path)
+        store = fill(make_big(), base, experts, previews=True)
+        rows = catalog_rows(store, "deltas", "previews")
+        store.catalog.write(lambda view: view.delete("deltas", min(rows["deltas"])))
+        assert make_all(store, "expert0").tensors + make_all(store, "expert1").tensors == 1
+        assert catalog_rows(store, "deltas", "previews") == rows
+
+    def test_blocks_that_tensors_of_other_shapes_share_are_done_once(
+        self, make_big: Callable[..., Store], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        made: list[Digest] = []
+
+        def note(*arguments: Any) -> PreviewRow | None:
+            made.append(arguments[6])
+            return store_preview(*arguments)
+
+        weights = base_weights()
+        tuned = fine_tune(weights, 0)
+        for model in (weights, tuned):
+            model["copy.weight"] = model["model.layers.0.mlp.up_proj.weight"][:64]
+        base, expert = write_model(tmp_path / "base", weights), write_model(tmp_path / "expert", tuned)
+        store = fill(make_big(), base, [expert])
+        monkeypatch.setattr(analyze_module, "store_preview", note)
+        found = make_all(store, "expert")
+        assert (found.tensors, found.previews) == (7, 9)
+        assert len(made) == len(set(made)) == 9
 
     def test_tensors_with_the_same_blocks_are_done_once(self, make_big: Callable[..., Store], tmp_path: Path) -> None:
         weights = base_weights()

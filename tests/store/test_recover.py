@@ -16,14 +16,15 @@ import pytest
 from mergepipe.merge import Expert, execute, plan_merge
 from mergepipe.store import Digest, Store
 from mergepipe.store.catalog import DATABASES
+from mergepipe.store.digest import hash_bytes, hash_record
 from mergepipe.store.errors import ConflictError, DamagedError, EnvironmentalError
-from mergepipe.store.frame import Encoding, Kind
+from mergepipe.store.frame import Encoding, Header, Kind, pack_header
 from mergepipe.store.gc import collect
 from mergepipe.store.journal import MOVE, Entry, _check, _line
 from mergepipe.store.layout import read_layout
 from mergepipe.store.publish import Changes, RefUpdate, publish
 from mergepipe.store.recover import Recovery, recover
-from mergepipe.store.refs import all_refs
+from mergepipe.store.refs import Ref, all_refs, encode_ref
 from mergepipe.store.staging import Staging
 from support.checkpoints import folder_bytes
 from support.family import base_weights, fine_tune, write_family, write_model
@@ -197,6 +198,40 @@ class TestLost:
         recovered(root)
         assert rows_of(root) == before
 
+    def test_one_that_the_system_does_not_open(self, root: Path, template: Template, tmp_path: Path) -> None:
+        data_file(root).unlink()
+        data_file(root).symlink_to("data.mdb")
+        assert "cannot be read" in recover(read_layout(root)).catalog
+        recovered(root)
+        assert_as_before(root, template, tmp_path, thoroughly=False)
+
+    def test_without_a_folder_for_writers(self, root: Path) -> None:
+        data_file(root).unlink()
+        shutil.rmtree(root / "tmp")
+        assert recovered(root).kept
+
+    def test_a_journal_that_is_a_pipe_is_put_aside(self, root: Path, template: Template) -> None:
+        (root / "refs.journal").unlink()
+        os.mkfifo(root / "refs.journal")
+        with Store.open(root) as store:
+            store.catalog.write(lambda view: view.delete("objects", next(key for key, _ in view.items("objects"))))
+        recovered(root)
+        assert (root / "refs.journal").is_file()
+        assert [path.is_fifo() for path in root.glob("refs.journal.lost-*")] == [True]
+        assert rows_of(root)["refs"] == template.rows["refs"]
+
+    def test_a_filesystem_without_links(self, root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        def refuse(*_: object, **__: object) -> None:
+            raise PermissionError(1, "no links")
+
+        damaged = (root / "refs.journal").read_bytes() + b"torn"
+        (root / "refs.journal").write_bytes(damaged)
+        data_file(root).unlink()
+        with monkeypatch.context() as patched:
+            patched.setattr(os, "link", refuse)
+            recovered(root)
+        assert [path.read_bytes() for path in root.glob("refs.journal.lost-*")] == [damaged]
+
 
 class TestHealthy:
     def test_nothing_differs_and_nothing_is_done(self, root: Path, template: Template) -> None:
@@ -327,6 +362,35 @@ class TestWithoutJournal:
         data_file(root).unlink()
         (made,) = recovered(root).restored.made
         assert (made.commit, made.name) == (commit.id, f"recovered/{commit.id.short}")
+
+    def test_their_name_is_longer_where_it_is_taken(self, root: Path) -> None:
+        with Store.open(root) as store, Staging(store.layout, store.catalog) as staging:
+            commit = replace(store.commit(store.resolve("base")), message="nobody's")
+            staging.add_record(Kind.COMMIT, commit.encode())
+            publish(store.catalog, staging, Changes(commits=[commit]))
+            move_ref(store, f"recovered/{commit.id.short}", None, store.resolve("base"))
+        data_file(root).unlink()
+        (made,) = recovered(root).restored.made
+        assert (made.commit, made.name) == (commit.id, f"recovered/{commit.id.hex()[:13]}")
+
+    def test_rows_of_the_old_catalog_that_are_none_are_left_out(
+        self, root: Path, template: Template, tmp_path: Path
+    ) -> None:
+        (root / "refs.journal").unlink()
+        with Store.open(root) as store:
+            base = store.resolve("base")
+            rows = {
+                ("refs", b"noise"): b"\xff{",
+                ("refs", b"../up"): encode_ref(Ref("../up", base, "branch")),
+                ("refs", b"odd"): encode_ref(Ref("odd", base, "oddity")),
+                ("reflog", b"base\0" + bytes(7) + b"\x63"): b"no JSON",
+                ("reflog", b"../up\0" + bytes(8)): store.catalog.write(lambda view: next(view.items("reflog")))[1],
+            }
+            store.catalog.write(lambda view: [view.put(*place, value) for place, value in rows.items()])
+            store.catalog.write(lambda view: view.delete("objects", next(key for key, _ in view.items("objects"))))
+        found = recovered(root).restored
+        assert (found.source, found.lost, found.made) == ("catalog", {}, [])
+        assert_as_before(root, template, tmp_path, thoroughly=False)
 
 
 class TestJournal:
@@ -469,6 +533,45 @@ class TestDamagedObjects:
             assert store.resolve("expert0") == before == store.resolve("expert0@{0}")
             assert now not in catalog_rows(store, "commits")["commits"]
 
+    def test_files_that_say_what_they_are_not(self, root: Path, template: Template) -> None:
+        """Their headers and checks are right, and so are most of their ids."""
+        with Store.open(root) as store:
+            commit = store.commit(store.resolve("base")).encode()
+        loose = commit.replace(b":", b": ", 1)
+        odd = {
+            place(root, hash_record("commit", b"{}")): framed(Kind.COMMIT, b"{}"),
+            place(root, hash_record("commit", loose)): framed(Kind.COMMIT, loose),
+            place(root, hash_bytes(b"coarse")): framed(Kind.PREVIEW, b"coarse"),
+            place(root, hash_record("node", b"planes")): framed(Kind.NODE, b"planes", Encoding.PLANES),
+            place(root, hash_bytes(b"folded")): framed(Kind.BLOCK, b"folded", Encoding.DEFLATE),
+            place(root, hash_bytes(b"huge")): framed(Kind.BLOCK, b"huge", raw_bytes=1 << 40),
+        }
+        for path, content in odd.items():
+            path.write_bytes(content)
+        data_file(root).unlink()
+        found = recovered(root)
+        reasons = {place(root, digest): reason for digest, reason in found.found.damaged.items()}
+        assert reasons.keys() == odd.keys()
+        for reason, said in zip(
+            (reasons[path] for path in odd),
+            ("not a commit", "not written as", "no preview", "no object has", "no object has", "no object has"),
+            strict=True,
+        ):
+            assert said in reason
+        rows = rows_of(root)
+        assert {name: rows[name] for name in rows if name != "objects"} == {
+            name: template.rows[name] for name in rows if name != "objects"
+        }
+
+    def test_folders_of_objects_that_are_missing(self, root: Path, template: Template, tmp_path: Path) -> None:
+        fans = [path for path in (root / "objects").iterdir() if not any(path.iterdir())]
+        for fan in fans:
+            fan.rmdir()
+        fans[0].write_bytes(b"in its place")
+        data_file(root).unlink()
+        recovered(root)
+        assert_as_before(root, template, tmp_path, thoroughly=False)
+
     def test_odd_things_among_the_objects(self, root: Path, template: Template) -> None:
         one = next((root / "objects").glob("*/*")).read_bytes()
         os.mkfifo(root / "objects" / "00" / ("0" * 62))
@@ -481,6 +584,16 @@ class TestDamagedObjects:
         found = recovered(root)
         assert {digest.hex()[:3] for digest in found.found.damaged} >= {"000", "010", "020", "040"}
         assert rows_of(root)["refs"] == template.rows["refs"]
+
+
+def place(root: Path, digest: Digest) -> Path:
+    return root / "objects" / digest.hex()[:2] / digest.hex()[2:]
+
+
+def framed(kind: Kind, data: bytes, encoding: Encoding = Encoding.RAW, raw_bytes: int | None = None) -> bytes:
+    """An object's file whose header says this."""
+    header = Header(kind, encoding, 1, len(data) if raw_bytes is None else raw_bytes, len(data), None)
+    return pack_header(header, [data]) + data
 
 
 # Where the process dies: before the call of that number of this function.

@@ -7,23 +7,31 @@ import json
 import os
 import shutil
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import lmdb
 import numpy as np
 import pytest
 
-from mergepipe.store import Digest, Store, codecs
+from mergepipe.store import Digest, Store, codecs, filesystem
 from mergepipe.store import repack as repack_module
 from mergepipe.store import replace as replace_module
-from mergepipe.store.catalog import ObjectRow
+from mergepipe.store.catalog import ObjectRow, unix_time
+from mergepipe.store.check import verify
 from mergepipe.store.digest import hash_bytes
-from mergepipe.store.errors import ConflictError, EnvironmentalError, UsageError
+from mergepipe.store.errors import BadInputError, ConflictError, EnvironmentalError, UsageError
 from mergepipe.store.frame import Encoding, Header, Kind, pack_header, unpack_header
 from mergepipe.store.publish import Changes, publish
 from mergepipe.store.repack import Repacked, measure, models_to_repack, repack
-from mergepipe.store.replace import Replacement, bases_of_deltas, replace_objects, settle, unsettled
+from mergepipe.store.replace import (
+    Replacement,
+    bases_of_deltas,
+    refuse_other_writers,
+    replace_objects,
+    settle,
+    unsettled,
+)
 from mergepipe.store.staging import Staging
 from mergepipe.store.suggest import suggest_stored_base
 from support.checkpoints import folder_bytes, raw, write_checkpoint
@@ -118,6 +126,15 @@ def put_as(store: Store, digest: Digest, encoding: Encoding, base: Digest | None
     store.catalog.write(lambda view: view.put("objects", digest, new.pack()))
 
 
+def staged_delta(store: Store, staging: Staging, own: str, other: str) -> Replacement:
+    """One model's block, staged as a difference to the other's."""
+    digest, base = (store.snapshot(ref).entry(LAYER).blocks[0] for ref in (own, other))
+    data, root = (np.frombuffer(store.reader.read_piece(each, 4096), np.uint8) for each in (digest, base))
+    parts = codecs.encode_delta(data, root, 2)
+    header = Header(Kind.BLOCK, Encoding.DELTA, 2, 4096, codecs.payload_size(parts), base)
+    return Replacement(digest, row_of(store, digest), staging.put_encoded(digest, header, parts))
+
+
 class TestWithoutABase:
     def test_what_came_in_without_its_base_becomes_differences(self, family: Family, tmp_path: Path) -> None:
         store = family.store
@@ -177,6 +194,19 @@ class TestWithoutABase:
         with pytest.raises(UsageError):
             models_to_repack(family.store, base="base")
 
+    def test_a_named_base_that_has_none_of_its_tensors(self, family: Family, tmp_path: Path) -> None:
+        weights = {"alone": raw(base_weights()["lm_head.weight"])}
+        family.store.ingest([write_checkpoint(tmp_path / "stranger", weights)])
+        with pytest.raises(BadInputError, match="none of the 1 tensors of 'stranger'"):
+            models_to_repack(family.store, ["stranger"], "base")
+
+    def test_an_adapter_is_no_difference_to_a_base(self, family: Family, tmp_path: Path) -> None:
+        folder = write_model(tmp_path / "adapter", base_weights())
+        (folder / "adapter_config.json").write_text("{}")
+        family.store.ingest([folder])
+        (model,) = models_to_repack(family.store, ["adapter"], "base")
+        assert model.base is None
+
     def test_a_model_that_resembles_nothing_stays(self, family: Family, tmp_path: Path) -> None:
         family.store.ingest([write_model(tmp_path / "alone", base_weights(seed=9))])
         (model,) = models_to_repack(family.store, ["alone"])
@@ -230,18 +260,36 @@ class TestBases:
         """Both directions in one batch: one of the two stays."""
         store = family.store
         with Staging(store.layout, store.catalog) as staging:
-            wanted = []
             pairs = [("expert0", "expert1"), ("expert1", "expert0")]
-            for own, other in pairs:
-                digest, base = (store.snapshot(ref).entry(LAYER).blocks[0] for ref in (own, other))
-                row = row_of(store, digest)
-                data, root = (np.frombuffer(store.reader.read_piece(each, 4096), np.uint8) for each in (digest, base))
-                parts = codecs.encode_delta(data, root, 2)
-                header = Header(Kind.BLOCK, Encoding.DELTA, 2, 4096, codecs.payload_size(parts), base)
-                wanted.append(Replacement(digest, row, staging.put_encoded(digest, header, parts)))
+            wanted = [staged_delta(store, staging, own, other) for own, other in pairs]
             done = replace_objects(store.catalog, staging.take_batch(), wanted)
         assert done == wanted[:1]
         family.check(tmp_path / "out")
+
+    def test_one_that_is_old_is_made_young(self, family: Family) -> None:
+        """Nobody collects it, who has looked at it before and found that nothing needs it."""
+        store = family.store
+        block = store.snapshot("base").entry(LAYER).blocks[0]
+        old = replace(row_of(store, block), touched=1)
+        store.catalog.write(lambda view: view.put("objects", block, old.pack()))
+        before = unix_time()
+        run(store, "expert0")
+        assert row_of(store, block).touched >= before
+
+    def test_rows_that_the_base_does_not_have_stay(self, store: Store, tmp_path: Path) -> None:
+        weight = base_weights()["lm_head.weight"]
+        tuned = weight + np.full_like(weight, 1e-3)
+        longer = np.concatenate([tuned, tuned[:64] + tuned[64:]])
+        store.ingest([write_checkpoint(tmp_path / "base", {"w": raw(weight)})])
+        other = write_checkpoint(tmp_path / "other", {"w": raw(longer)})
+        store.ingest([other])
+        run(store, "other", base="base")
+        known, blocks = store.snapshot("base").entry("w").blocks, store.snapshot("other").entry("w").blocks
+        rows = [row_of(store, block) for block in blocks]
+        assert [row.base for row in rows] == [*known, *[None] * (len(blocks) - len(known))]
+        assert len(blocks) > len(known)
+        store.snapshot("other").export(tmp_path / "out")
+        assert folder_bytes(tmp_path / "out") == folder_bytes(other)
 
     def test_of_another_type_none_is_taken(self, store: Store, tmp_path: Path) -> None:
         weights = {"w": base_weights()["lm_head.weight"]}
@@ -267,6 +315,13 @@ class TestOtherGains:
         (result,) = run(store, "base")
         assert result.replaced == len(shrinkable)
         assert {each: row_of(store, each).stored_bytes for each in shrinkable} == sizes
+        family.check(tmp_path / "out")
+
+    def test_a_raw_block_that_is_smallest_as_a_difference(self, family: Family, tmp_path: Path) -> None:
+        block = family.store.snapshot("expert0").entry(LAYER).blocks[0]
+        put_as(family.store, block, Encoding.RAW)
+        run(family.store, "expert0", base="base")
+        assert row_of(family.store, block).base == family.store.snapshot("base").entry(LAYER).blocks[0]
         family.check(tmp_path / "out")
 
     def test_files_too(self, family: Family, tmp_path: Path) -> None:
@@ -363,6 +418,52 @@ class TestOthersAtWork:
         assert state_of(store) == before
         family.check(tmp_path / "out")
 
+    @pytest.mark.parametrize("what", ["is gone", "is another", "is damaged", "is being replaced"])
+    def test_what_changed_since_it_was_staged_is_left_alone(self, hurt_store: Store, tmp_path: Path, what: str) -> None:
+        base, experts = write_family(tmp_path)
+        hurt_store.ingest([base, *experts])
+        with Staging(hurt_store.layout, hurt_store.catalog) as staging:
+            wanted = staged_delta(hurt_store, staging, "expert0", "base")
+            changes = {
+                "is gone": ("objects", wanted.digest, None),
+                "is another": ("objects", wanted.digest, replace(wanted.old, stored_bytes=1).pack()),
+                "is damaged": ("damaged", wanted.digest, b"?"),
+                "is being replaced": ("meta", b"repack\0" + wanted.digest, wanted.old.pack()),
+            }
+            database, key, value = changes[what]
+            hurt_store.catalog.write(
+                lambda view: view.delete(database, key) if value is None else view.put(database, key, value)
+            )
+            before = state_of(hurt_store)
+            assert replace_objects(hurt_store.catalog, staging.take_batch(), [wanted]) == []
+        assert state_of(hurt_store) == before
+        assert header_of(hurt_store, wanted.digest).encoding is Encoding.PLANES
+
+    def test_a_base_that_is_found_damaged_between_the_two_transactions(
+        self, family: Family, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        store = family.store
+        base, block = (store.snapshot(ref).entry(LAYER).blocks[0] for ref in ("base", "expert0"))
+        monkeypatch.setattr(
+            replace_module,
+            "refuse_other_writers",
+            lambda *_: store.catalog.write(lambda view: view.put("damaged", base, b"?")),
+        )
+        (result,) = run(store, "expert0")
+        assert result.left == 1
+        assert result.replaced > 10
+        assert row_of(store, block).encoding is header_of(store, block).encoding is Encoding.PLANES
+        assert not notes(store)
+        store.catalog.write(lambda view: view.delete("damaged", base))
+        family.check(tmp_path / "out")
+
+    def test_a_folder_of_writers_that_cannot_be_listed(self, family: Family) -> None:
+        temporary = family.store.layout.temporary
+        shutil.rmtree(temporary)
+        with pytest.raises(EnvironmentalError, match="looking for other writers"):
+            refuse_other_writers(family.store.layout, temporary / "own")
+        temporary.mkdir()
+
     def test_a_file_that_somebody_has_open_is_read_to_its_end(self, family: Family) -> None:
         block = family.store.snapshot("expert0").entry(LAYER).blocks[0]
         path = object_path(family.store, block)
@@ -401,6 +502,40 @@ class TestWhatGoesWrong:
         assert result.unreadable == 1
         assert result.replaced > 10
         assert row_of(hurt_store, block) == row
+
+    def test_the_disk_is_full_before_anything_is_declared(
+        self, family: Family, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        def fail(_: Path) -> bool:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+        before = state_of(family.store)
+        monkeypatch.setattr(replace_module, "flush_filesystem", fail)
+        with pytest.raises(EnvironmentalError, match="disk is full while flushing"):
+            run(family.store)
+        assert state_of(family.store) == before
+        assert writers_left(family.store) == []
+
+    def test_without_a_flush_of_all_each_file_and_folder_is_flushed(
+        self, family: Family, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        flushed: set[str] = set()
+        original = os.fsync
+
+        def note(descriptor: int) -> None:
+            flushed.add(str(Path(f"/proc/self/fd/{descriptor}").readlink()))
+            original(descriptor)
+
+        before = blocks_of(family.store, "expert0")
+        with monkeypatch.context() as patched:
+            patched.setattr(filesystem, "_libc", object)
+            patched.setattr(os, "fsync", note)
+            run(family.store, "expert0")
+        replaced = {each for each in before if row_of(family.store, each).encoding is Encoding.DELTA}
+        assert replaced
+        assert {each.hex() for each in replaced} <= {Path(path).name for path in flushed}
+        assert {str(object_path(family.store, each).parent.resolve()) for each in replaced} <= flushed
+        family.check(tmp_path / "out")
 
     @pytest.mark.parametrize("number", [1, 2, 5])
     def test_the_system_refuses_a_rename(self, family: Family, tmp_path: Path, number: int) -> None:
@@ -568,6 +703,31 @@ class TestCrashes:
             assert_clean(store)
             family.check(tmp_path / "after")
 
+    def test_a_note_of_what_is_lost_goes_and_its_row_stays(self, crashed: Crashed, tmp_path: Path) -> None:
+        shutil.copytree(crashed.roots["between the two"], tmp_path / "store")
+        with Store.open(tmp_path / "store") as store:
+            lost, cut, *others = sorted(notes(store))
+            object_path(store, lost).unlink()
+            rewrite(object_path(store, cut), object_path(store, cut).read_bytes()[:-1])
+            declared = {each: row_of(store, each) for each in (lost, cut)}
+            assert settle(store.catalog, store.layout) == len(others) + 2
+            assert not notes(store)
+            assert {each: row_of(store, each) for each in (lost, cut)} == declared
+            assert {row_of(store, each).encoding for each in others} == {Encoding.PLANES}
+            assert {each.id for each in verify(store).damaged} == {lost, cut}
+
+    def test_where_nothing_can_be_written_nothing_is_settled(
+        self, crashed: Crashed, tmp_path: Path, mounted_disk: Callable[..., Path]
+    ) -> None:
+        disk = mounted_disk("16m")
+        shutil.copytree(crashed.roots["between the two"], disk / "store")
+        if os.system(f"mount -o remount,ro {disk}"):
+            pytest.skip("cannot be made read-only")
+        with Store.open(disk / "store") as store:
+            assert settle(store.catalog, store.layout) == 0
+            assert notes(store)
+            Family(store, crashed.base, crashed.experts).check(tmp_path / "out")
+
 
 def test_stopped_again_and_again_it_ends(family: Family, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What is done stays done: each time it gets one batch further."""
@@ -591,3 +751,23 @@ def test_stopped_again_and_again_it_ends(family: Family, tmp_path: Path, monkeyp
     assert stopped == 6  # 18 blocks of each, 8 at a time
     assert encodings(family.store, "expert1") == {Encoding.DELTA}
     family.check(tmp_path / "out")
+
+
+class TestNotesThatAreNone:
+    """In ``meta``, as a stranger's store may have them."""
+
+    def test_one_with_a_short_key_goes(self, store: Store) -> None:
+        key = replace_module._NOTE + b"short"
+        store.catalog.write(lambda view: view.put("meta", key, b""))
+        with store.catalog.reading() as view:
+            assert unsettled(view) == set()
+        assert settle(store.catalog, store.layout) == 1
+        assert key not in catalog_rows(store, "meta")["meta"]
+
+    def test_a_pipe_in_the_place_of_its_object(self, store: Store) -> None:
+        digest = hash_bytes(b"nobody")
+        path = object_path(store, digest)
+        os.mkfifo(path)
+        store.catalog.write(lambda view: view.put("meta", replace_module._NOTE + digest, b""))
+        assert settle(store.catalog, store.layout) == 1
+        path.unlink()

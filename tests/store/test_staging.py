@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from mergepipe.store import Digest, Store, leases
 from mergepipe.store.digest import hash_bytes, hash_record
+from mergepipe.store.errors import MergePipeError
 from mergepipe.store.frame import HEADER_BYTES, Encoding, Kind, check_matches, unpack_header
 from mergepipe.store.leases import is_abandoned, remove_abandoned, write_lease
 from mergepipe.store.publish import Changes, publish
@@ -89,6 +90,29 @@ class TestEncodings:
             assert staging.rows[small].encoding is Encoding.RAW
             assert staging.rows[large].encoding is Encoding.DEFLATE
             assert staging.rows[large].stored_bytes < 200
+
+
+class TestWriting:
+    @pytest.mark.parametrize("most", [1, 95, 97, 5000])
+    def test_a_system_that_writes_a_part_at_a_time(
+        self, store: Store, monkeypatch: pytest.MonkeyPatch, most: int
+    ) -> None:
+        def some(descriptor: int, parts: list[memoryview]) -> int:
+            return os.write(descriptor, b"".join(parts)[:most])
+
+        with monkeypatch.context() as patched:
+            patched.setattr(os, "writev", some)
+            with Staging(store.layout, store.catalog) as staging:
+                digest = stage(staging, CALM)
+                publish(store.catalog, staging, Changes())
+        assert store.reader.read_piece(digest, CALM.nbytes) == CALM.tobytes()
+
+    def test_one_that_writes_nothing(self, store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+        with Staging(store.layout, store.catalog) as staging, monkeypatch.context() as patched:
+            patched.setattr(os, "writev", lambda *_: 0)
+            with pytest.raises(MergePipeError, match="wrote nothing"):
+                stage(staging, CALM)
+            assert staging.rows == {}
 
 
 class TestClaims:

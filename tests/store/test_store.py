@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,8 @@ import pytest
 import mergepipe.store
 from mergepipe.store import Digest, Store, filesystem
 from mergepipe.store import store as store_module
-from mergepipe.store.errors import ConflictError, DamagedError, EnvironmentalError, NotFoundError
+from mergepipe.store.errors import ConflictError, DamagedError, EnvironmentalError, MergePipeError, NotFoundError
+from mergepipe.store.staging import Staging
 from support.checkpoints import random_tensor, write_checkpoint
 from support.processes import run_python
 from support.stores import assert_clean, state_of
@@ -179,6 +181,26 @@ def test_the_package_says_what_it_is() -> None:
     assert set(mergepipe.store.__all__) == {"VERSION", "Digest", "MergePipeError", "Snapshot", "Store"}
 
 
+class TestDiscarding:
+    def test_an_empty_one_goes(self, tmp_path: Path) -> None:
+        store = Store.create(tmp_path / "s")
+        assert store.discard_if_empty()
+        assert not (tmp_path / "s").exists()
+
+    @pytest.mark.parametrize("what", ["a model", "a writer"])
+    def test_one_that_is_used_stays(self, store: Store, tmp_path: Path, what: str) -> None:
+        with ExitStack() as work:
+            if what == "a model":
+                store.ingest([write_checkpoint(tmp_path / "m", TENSORS)])
+            else:
+                work.enter_context(Staging(store.layout, store.catalog))
+            before = state_of(store)
+            assert not store.discard_if_empty()
+            assert state_of(store) == before
+        with Store.open(store.layout.root) as again:
+            assert state_of(again) == before
+
+
 class TestMaking:
     def test_one_that_died_before_its_settings_is_no_store(self, tmp_path: Path) -> None:
         """The catalog is there before them, so that no store is ever without."""
@@ -197,6 +219,16 @@ class TestMaking:
         Store.create(tmp_path / "s").close()
         with Store.open(tmp_path / "s") as store:
             assert_clean(store)
+
+    def test_what_was_in_a_catalogs_folder_stays_there(self, tmp_path: Path) -> None:
+        """It may be another store's, and damaged."""
+        (tmp_path / "catalog").mkdir()
+        (tmp_path / "catalog" / "data.mdb").write_bytes(b"what was there")
+        with pytest.raises(MergePipeError):
+            Store.create(tmp_path / "s", catalog=tmp_path / "catalog")
+        assert (tmp_path / "catalog" / "data.mdb").read_bytes() == b"what was there"
+        with pytest.raises(NotFoundError):
+            Store.open(tmp_path / "s")
 
     @pytest.mark.parametrize("call", ["prepare_layout", "open_catalog", "declare_layout"])
     def test_one_that_could_not_be_made_can_be_made_again(

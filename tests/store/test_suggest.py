@@ -10,7 +10,8 @@ import pytest
 
 from mergepipe.store import Store
 from mergepipe.store.errors import NotFoundError, UsageError
-from mergepipe.store.suggest import find_base, suggest_base
+from mergepipe.store.publish import Changes, RefUpdate, publish
+from mergepipe.store.suggest import find_base, suggest_base, suggest_stored_base
 from support.checkpoints import raw, write_checkpoint, write_safetensors
 from support.family import Weights, base_weights, fine_tune, write_model
 
@@ -90,6 +91,34 @@ class TestSuggestions:
         suggestion = suggest_base(bases, lone)
         assert suggestion is not None
         assert (suggestion.ref, suggestion.reason) == ("Base-1B", "it was ingested with that base before")
+
+    def test_a_base_that_has_another_name_by_now_is_named_by_its_commit(self, bases: Store, tmp_path: Path) -> None:
+        tuned = write(tmp_path / "tuned", fine_tune(BASE, 1))
+        bases.ingest([tuned], base="Base-1B")
+        commit = bases.resolve("Base-1B")
+        publish(bases.catalog, None, Changes(refs=[RefUpdate("Base-1B", commit, None, "branch", "test", "ada")]))
+        suggestion = suggest_base(bases, tuned)
+        assert suggestion is not None
+        assert suggestion.ref == commit.hex()
+
+    def test_refs_to_one_commit_are_compared_once(self, bases: Store, tmp_path: Path) -> None:
+        commit = bases.resolve("Base-1B")
+        publish(bases.catalog, None, Changes(refs=[RefUpdate("again", None, commit, "tag", "test", "ada")]))
+        suggestion = suggest_base(bases, write(tmp_path / "tuned", fine_tune(BASE, 1)))
+        assert suggestion is not None
+        assert suggestion.ref == "Base-1B"
+
+    def test_whole_numbers_are_near_to_nothing(self, store: Store, tmp_path: Path) -> None:
+        numbers = {"ids": np.arange(4096, dtype=np.int32)}
+        store.ingest([write(tmp_path / "numbers", numbers)])
+        assert suggest_base(store, write(tmp_path / "new", numbers)) is None
+        assert suggest_stored_base(store, store.snapshot("numbers")) is None
+
+    def test_nor_are_stored_ones(self, store: Store, tmp_path: Path) -> None:
+        numbers = {"ids": np.arange(4096, dtype=np.int32)}
+        for name, shift in (("numbers", 0), ("others", 1)):
+            store.ingest([write(tmp_path / name, {"ids": numbers["ids"] + np.int32(shift)})])
+        assert suggest_stored_base(store, store.snapshot("others")) is None
 
 
 class TestAuto:

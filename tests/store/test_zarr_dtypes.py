@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import zarr
 from zarr.codecs import BytesCodec
-from zarr.dtype import data_type_registry
+from zarr.dtype import DataTypeValidationError, data_type_registry
 from zarr.storage import MemoryStore
 
 from mergepipe.store.dtypes import DTYPES
@@ -67,6 +67,17 @@ class TestEveryType:
     def test_what_is_no_fill_value_is_refused(self, kind: type[MLFloat], text: Any) -> None:
         with pytest.raises(TypeError, match="no fill value"):
             kind().from_json_scalar(text, zarr_format=3)
+
+
+@pytest.mark.parametrize("kind", ML_FLOATS)
+def test_what_is_no_value_of_a_type(kind: type[MLFloat]) -> None:
+    name = np.dtype(kind.scalar_cls).name
+    with pytest.raises(DataTypeValidationError, match=f"zarr v2 has no {name}"):
+        kind.from_json({"name": name, "object_codec_id": None}, zarr_format=2)
+    assert kind()._check_scalar(1)
+    assert not kind()._check_scalar("1")
+    with pytest.raises(TypeError, match=f"no number that {name} could hold"):
+        kind().cast_scalar("1")
 
 
 @pytest.mark.parametrize(

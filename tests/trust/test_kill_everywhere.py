@@ -51,7 +51,10 @@ def test_every_step(
     found = drive(scenario, mode, template, made[1], tmp_path / "work", 0 if deep else USUAL_STEPS[mode])
     count(steps=found["steps"], **{"killed" if mode == "kill" else "errors_put_in": found["tried"]})
     assert not found["failures"], "\n\n".join(found["failures"][:5])
-    assert found["outcomes"].get("killed" if mode == "kill" else "failed with a clear error", 0) > found["tried"] // 2
+    if mode == "kill":
+        assert found["outcomes"]["killed"] > found["tried"] // 2
+    else:  # a reader can do without its lease
+        assert found["outcomes"]["failed with a clear error"] >= found["tried"] // 4
 
 
 @pytest.fixture(scope="module")

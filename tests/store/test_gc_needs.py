@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import time
 from collections.abc import Iterator
 from dataclasses import replace
@@ -15,7 +16,7 @@ from mergepipe.merge import Expert, execute, plan_merge
 from mergepipe.store import Digest, Store
 from mergepipe.store import gc as gc_module
 from mergepipe.store.check import verify
-from mergepipe.store.errors import DamagedError, NotFoundError
+from mergepipe.store.errors import DamagedError, EnvironmentalError, NotFoundError
 from mergepipe.store.frame import Kind
 from mergepipe.store.gc import Collection, collect
 from mergepipe.store.heal import find_broken
@@ -336,3 +337,31 @@ def test_a_parent_that_is_not_there(hurt_store: Store, tmp_path: Path) -> None:
 def bases_of(store: Store) -> set[bytes]:
     with store.catalog.reading() as view:
         return bases_of_deltas(view)
+
+
+@pytest.mark.parametrize("name", ["pins", "relied-on"])
+def test_a_lease_that_cannot_be_read(store: Store, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    """It may name anything; one that went meanwhile names nothing."""
+    original = Path.read_bytes
+
+    def fails(self: Path) -> bytes:
+        if self.name == name:
+            raise OSError(errno.EIO, "broken")
+        return original(self)
+
+    garbage = put_block(store, NOISE)
+    with Staging(store.layout, store.catalog) as staging:
+        for file in ("pins", "relied-on"):
+            (staging.path / file).write_bytes(bytes(32))
+        with monkeypatch.context() as patch:
+            patch.setattr(Path, "read_bytes", fails)
+            with pytest.raises(EnvironmentalError, match="looking for what nothing needs"):
+                collect(store, apply=True, grace_seconds=0)
+        assert object_path(store, garbage).exists()
+    assert collect(store, apply=True, grace_seconds=0).objects == {"block": 1}
+
+
+def test_a_store_without_a_folder_for_writers(store: Store) -> None:
+    put_block(store, NOISE)
+    store.layout.temporary.rmdir()
+    assert collect(store, apply=True, grace_seconds=0).objects == {"block": 1}

@@ -290,6 +290,18 @@ class TestCommits:
         assert not pair.heal().missing
         assert state_of(pair.store) == pair.before
 
+    def test_a_parent_to_which_no_ref_leads(self, pair: Pair) -> None:
+        parent = pair.store.snapshot("base").commit_id
+        with pair.store.catalog.reading() as view:
+            ref = view.get("refs", b"base")
+        assert ref is not None
+        pair.store.catalog.write(lambda view: [view.delete("commits", parent), view.delete("refs", b"base")])
+        object_path(pair.store, parent).unlink()
+        assert {each.id for each in find_broken(pair.store)} == {parent}
+        assert not pair.heal().missing
+        pair.store.catalog.write(lambda view: view.put("refs", b"base", ref))
+        assert state_of(pair.store) == pair.before
+
     def test_one_whose_parent_is_nowhere_is_not_put(self, pair: Pair) -> None:
         child, parent = pair.ids()["commit"], pair.store.snapshot("base").commit_id
         pair.store.catalog.write(lambda view: [view.delete("commits", each) for each in (child, parent)])

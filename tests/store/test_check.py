@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,7 +14,9 @@ from mergepipe.store.catalog import ObjectRow
 from mergepipe.store.check import verify
 from mergepipe.store.errors import NotFoundError, UsageError
 from mergepipe.store.frame import Kind
+from mergepipe.store.manifest import build_tree
 from mergepipe.store.publish import Changes, RefUpdate, publish
+from mergepipe.store.staging import Staging
 from support.family import write_family
 from support.stores import catalog_rows, flip_bit, object_files, object_path, objects_of
 
@@ -213,6 +217,37 @@ class TestInterrupted:
         for options in ({"fast": True}, {"ref": "base"}):
             with pytest.raises(UsageError):
                 verify(family, resume=True, **options)  # type: ignore[arg-type]
+
+
+def test_what_is_relied_on_meanwhile_is_damage_all_the_same(family: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    victim = objects_of(family, Kind.BLOCK)[0]
+    flip_bit(object_path(family, victim), 200)
+    original = check_module._check_object
+
+    def touched(store: Store, digest: Digest, row: ObjectRow, *, fast: bool) -> None:
+        newer = replace(row, touched=row.touched + 1).pack()
+        store.catalog.write(lambda view: view.put("objects", digest, newer))
+        original(store, digest, row, fast=fast)
+
+    monkeypatch.setattr(check_module, "_check_object", touched)
+    assert [damage.id for damage in verify(family).damaged] == [victim]
+
+
+def test_a_tensor_whose_block_has_another_size(family: Store) -> None:
+    """Its node is what its id says, and so is the block: nobody else would see it."""
+    snapshot = family.snapshot("base")
+    name = "model.layers.0.self_attn.q_proj.weight"
+    (piece,) = snapshot.files["tokenizer.json"].blocks
+    entry = snapshot.entry(name)
+    odd = replace(entry, blocks=(piece, *entry.blocks[1:]))
+    with Staging(family.layout, family.catalog) as staging:
+        tree = build_tree({**snapshot.tensors, name: odd}, {}, (), lambda data: staging.add_record(Kind.NODE, data))
+        commit = replace(snapshot.commit, tree=tree)
+        staging.add_record(Kind.COMMIT, commit.encode())
+        publish(family.catalog, staging, Changes(commits=[commit], refs=[RefUpdate("odd", None, commit.id)]))
+    (found,) = verify(family).damaged
+    assert (found.id, found.kind, found.used_by) == (commit.id, "commit", ("odd",))
+    assert re.fullmatch(f"tensor '{name}' needs 4096 bytes as block 0, and {piece.short} has [0-9]+", found.reason)
 
 
 def test_what_is_collected_meanwhile_is_no_damage(family: Store, monkeypatch: pytest.MonkeyPatch) -> None:

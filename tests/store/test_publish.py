@@ -19,6 +19,7 @@ from mergepipe.store import Digest, Store
 from mergepipe.store import catalog as catalog_module
 from mergepipe.store import publish as publish_module
 from mergepipe.store.canonical import load_strict
+from mergepipe.store.catalog import Writing
 from mergepipe.store.commits import Commit, Parent
 from mergepipe.store.digest import hash_bytes
 from mergepipe.store.errors import ConflictError, EnvironmentalError
@@ -30,6 +31,13 @@ from support.checkpoints import folder_bytes
 from support.family import write_family
 from support.processes import run_python, start_python
 from support.stores import assert_clean, catalog_rows, object_files, object_path, state_of, writers_left
+
+
+@pytest.fixture
+def treeless(hurt_store: Store) -> Store:
+    """A store for commits without trees, which is no whole one in the end."""
+    return hurt_store
+
 
 NOISE = np.random.default_rng(0).integers(0, 256, (8, 4096), np.uint8)
 
@@ -59,27 +67,27 @@ def move(store: Store, name: str, expected: Digest | None, new: Digest | None) -
 
 
 class TestRefs:
-    def test_they_move_only_from_where_the_writer_saw_them(self, store: Store) -> None:
+    def test_they_move_only_from_where_the_writer_saw_them(self, treeless: Store) -> None:
         one, other, third = (commit_of(text) for text in "abc")
-        publish(store.catalog, None, Changes(commits=[one, other, third], refs=[RefUpdate("m", None, one.id)]))
-        move(store, "m", one.id, other.id)
+        publish(treeless.catalog, None, Changes(commits=[one, other, third], refs=[RefUpdate("m", None, one.id)]))
+        move(treeless, "m", one.id, other.id)
         with pytest.raises(ConflictError) as caught:
-            move(store, "m", one.id, third.id)
+            move(treeless, "m", one.id, third.id)
         assert one.id.short in caught.value.message
         assert other.id.short in caught.value.message
         assert "'m'" in caught.value.message
-        assert caught.value.hint
-        assert ref_of(store, "m") == other.id
-        move(store, "m", other.id, None)
+        assert caught.value.hint == "Look at it with `mp log`, then run the command again."
+        assert ref_of(treeless, "m") == other.id
+        move(treeless, "m", other.id, None)
 
-    def test_a_ref_that_should_not_exist_and_does(self, store: Store) -> None:
+    def test_a_ref_that_should_not_exist_and_does(self, treeless: Store) -> None:
         one, other = commit_of("a"), commit_of("b")
-        publish(store.catalog, None, Changes(commits=[one, other], refs=[RefUpdate("m", None, one.id)]))
+        publish(treeless.catalog, None, Changes(commits=[one, other], refs=[RefUpdate("m", None, one.id)]))
         with pytest.raises(ConflictError, match=f"absent and is now {one.id.short}"):
-            move(store, "m", None, other.id)
-        move(store, "m", one.id, None)
+            move(treeless, "m", None, other.id)
+        move(treeless, "m", one.id, None)
         with pytest.raises(ConflictError, match=f"was {one.id.short} and is now gone"):
-            move(store, "m", one.id, other.id)
+            move(treeless, "m", one.id, other.id)
 
     def test_two_moves_happen_both_or_not_at_all(self, store: Store) -> None:
         one = commit_of("a")
@@ -88,19 +96,19 @@ class TestRefs:
             publish(store.catalog, None, Changes(commits=[one], refs=updates))
         assert not any(catalog_rows(store).values())
 
-    def test_every_move_is_logged(self, store: Store) -> None:
+    def test_every_move_is_logged(self, treeless: Store) -> None:
         one, other = commit_of("a").id, commit_of("b").id
-        publish(store.catalog, None, Changes(commits=[commit_of("a"), commit_of("b")]))
+        publish(treeless.catalog, None, Changes(commits=[commit_of("a"), commit_of("b")]))
         for expected, new in ((None, one), (one, other), (other, None), (None, one)):
-            move(store, "m", expected, new)
-        rows = catalog_rows(store, "reflog")["reflog"]
+            move(treeless, "m", expected, new)
+        rows = catalog_rows(treeless, "reflog")["reflog"]
         assert list(rows) == [b"m\0" + number.to_bytes(8, "big") for number in range(4)]
         entries = [load_strict(row, "x") for row in rows.values()]
         assert [(entry["old"], entry["new"]) for entry in entries] == [
             (None, one.hex()), (one.hex(), other.hex()), (other.hex(), None), (None, one.hex()),
         ]  # fmt: skip
         assert all((entry["reason"], entry["author"]) == ("test", "me") for entry in entries)
-        move(store, "m", one, None)
+        move(treeless, "m", one, None)
 
 
 def test_what_was_collected_meanwhile_is_not_relied_on(store: Store) -> None:
@@ -174,6 +182,26 @@ class TestObjects:
             publish(store.catalog, other, Changes())
             assert object_path(store, digest).stat().st_ino == first.st_ino
 
+    def test_and_what_it_did_not_comes(self, store: Store) -> None:
+        with Staging(store.layout, store.catalog) as one, Staging(store.layout, store.catalog) as other:
+            stage(one, 2)
+            ids = stage(other, 4)
+            publish(store.catalog, one, Changes())
+            publish(store.catalog, other, Changes())
+        assert set(catalog_rows(store, "objects")["objects"]) == set(ids)
+        assert_clean(store)
+
+    def test_a_store_that_is_taken_away_meanwhile(self, store: Store, tmp_path: Path) -> None:
+        settings = store.layout.root / "store.json"
+        with Staging(store.layout, store.catalog) as staging:
+            stage(staging)
+            settings.rename(tmp_path / "away")
+            with pytest.raises(ConflictError, match=f"the store {store.layout.root} was taken away") as caught:
+                publish(store.catalog, staging, Changes())
+            assert caught.value.hint == "Run the command again."
+            (tmp_path / "away").rename(settings)
+        assert not any(catalog_rows(store).values())
+
     def test_a_file_without_a_row_is_replaced(self, store: Store) -> None:
         digest = hash_bytes(NOISE[0].tobytes())
         object_path(store, digest).write_bytes(b"left by a crash")
@@ -187,7 +215,8 @@ class TestObjects:
             publish(store.catalog, None, Changes(relied_on=[gone], results={b"r": gone}))
         assert not any(catalog_rows(store).values())
 
-    def test_what_is_relied_on_is_renewed(self, store: Store) -> None:
+    def test_what_is_relied_on_is_renewed(self, store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Once a minute at most: that is no reason to write."""
         with Staging(store.layout, store.catalog) as staging:
             (digest,) = stage(staging)
             publish(store.catalog, staging, Changes())
@@ -198,13 +227,20 @@ class TestObjects:
             assert row is not None
             return row.touched
 
-        def age(view: object) -> None:
-            row = view.object_row(digest)  # type: ignore[attr-defined]
-            view.put("objects", digest, replace(row, touched=1000).pack())  # type: ignore[attr-defined]
+        def age(seconds: int) -> None:
+            def change(view: Writing) -> None:
+                row = view.object_row(digest)
+                assert row is not None
+                view.put("objects", digest, replace(row, touched=now - seconds).pack())
 
-        store.catalog.write(age)
-        publish(store.catalog, None, Changes(relied_on=[digest]))
-        assert touched() > 1000
+            store.catalog.write(change)
+
+        now = touched()
+        monkeypatch.setattr(publish_module, "unix_time", lambda: now)
+        for seconds, renewed in ((100_000, True), (61, True), (60, False), (1, False), (-30, False)):
+            age(seconds)
+            publish(store.catalog, None, Changes(relied_on=[digest]))
+            assert touched() == (now if renewed else now - seconds)
 
     def test_a_map_that_grows_in_the_middle_changes_nothing(
         self, make_store: Callable[..., Store], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
@@ -261,7 +297,8 @@ class TestObjects:
             stage(staging, 2)
             with monkeypatch.context() as patched:
                 patched.setattr(publish_module if call == "flush_filesystem" else publish_module.os, call, fail)
-                with pytest.raises(EnvironmentalError):
+                doing = "moving new objects into place" if call == "replace" else "flushing new objects to disk"
+                with pytest.raises(EnvironmentalError, match=doing):
                     publish(store.catalog, staging, Changes(commits=[commit], refs=[RefUpdate("m", None, commit.id)]))
             assert not any(catalog_rows(store).values())
             publish(store.catalog, staging, Changes())
@@ -415,7 +452,7 @@ class TestThreads:
 
 
 class TestInterrupts:
-    def test_one_that_comes_too_late_is_dropped(self, store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_one_that_comes_too_late_is_dropped(self, treeless: Store, monkeypatch: pytest.MonkeyPatch) -> None:
         """All is done at that moment: an error would say that nothing was."""
         original = publish_module._put_rows
 
@@ -426,10 +463,10 @@ class TestInterrupts:
         monkeypatch.setattr(publish_module, "_put_rows", interrupted)
         before = signal.getsignal(signal.SIGINT)
         commit = commit_of("a")
-        publish(store.catalog, None, Changes(commits=[commit], refs=[RefUpdate("m", None, commit.id)]))
-        assert ref_of(store, "m") == commit.id
+        publish(treeless.catalog, None, Changes(commits=[commit], refs=[RefUpdate("m", None, commit.id)]))
+        assert ref_of(treeless, "m") == commit.id
         assert signal.getsignal(signal.SIGINT) is before
-        publish(store.catalog, None, Changes(refs=[RefUpdate("m", commit.id, None)]))
+        publish(treeless.catalog, None, Changes(refs=[RefUpdate("m", commit.id, None)]))
 
     def test_one_that_comes_before_is_not(self, store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
         def interrupted(_: Path) -> bool:

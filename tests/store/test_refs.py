@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -86,7 +87,10 @@ class TestNames:
     def test_bad_ones(self, name: str) -> None:
         with pytest.raises(UsageError, match="cannot be a ref's name") as caught:
             check_ref_name(name)
-        assert caught.value.hint
+        longest = "Use letters, digits and . _ - + / (at most 200), each part beginning with a letter or digit."
+        assert caught.value.hint == ("Choose another name." if name == "auto" else longest)
+        assert repr(name[:80]) in caught.value.message
+        assert repr(name[:81]) not in caught.value.message or len(name) < 81
 
     @given(st.text(max_size=300))
     @example("auto")
@@ -208,6 +212,42 @@ class TestResolving:
         history.move("m", history.commit("1", history.commit("0", history.commit("-1"))))
         with pytest.raises((UsageError, NotFoundError)):
             history.resolve(text)
+
+    @pytest.mark.parametrize(
+        ("text", "message", "hint"),
+        [
+            ("m~x", "'m~x' cannot be understood", "Write REF, REF~2, REF^2 or REF@{1}."),
+            ("m~1@{0}", "'m~1@{0}': @{n} follows the ref's name", "Write REF@{1}~2."),
+            ("m~9", "'m~9': commit ID has no parent", "`mp log --graph` shows them."),
+            ("m^9", "'m^9': commit ID has 1 parents", "`mp log --graph` shows them."),
+            ("zzz", "there is no ref or commit 'zzz'", "`mp branch` lists the refs."),
+        ],
+    )
+    def test_what_it_says(self, history: History, text: str, message: str, hint: str) -> None:
+        history.move("m", history.commit("1", history.commit("0")))
+        with pytest.raises((UsageError, NotFoundError)) as caught:
+            history.resolve(text)
+        assert re.sub("[0-9a-f]{12}", "ID", caught.value.message) == message
+        assert caught.value.hint == hint
+
+    def test_very_many_with_one_prefix(self, history: History) -> None:
+        """Some of them are named."""
+        many = [Digest(bytes.fromhex("abcd") + bytes([last]) * 30) for last in range(9)]
+        history.catalog.write(lambda view: [view.put("commits", digest, b"{}") for digest in many])
+        with pytest.raises(UsageError) as caught:
+            history.resolve("abcd")
+        assert caught.value.message == "'abcd' begins several commits: " + ", ".join(each.short for each in many[:5])
+        assert caught.value.hint == "Write more digits."
+
+    def test_nothing_at_all(self, history: History) -> None:
+        with pytest.raises(NotFoundError) as caught:
+            history.resolve("m")
+        assert caught.value.hint == "The store is empty: `mp ingest`."
+
+    def test_the_longest_name(self, history: History) -> None:
+        commit = history.commit("1")
+        history.move("x" * 200, commit)
+        assert history.resolve("x" * 200) == commit
 
     @given(st.text(max_size=12))
     def test_any_text_is_a_commit_or_a_clear_error(self, tmp_path: Path, text: str) -> None:

@@ -18,16 +18,16 @@ from typing import TYPE_CHECKING, Final
 import numpy as np
 
 from mergepipe.store.catalog import ObjectRow, Writing
+from mergepipe.store.check_records import damaged_records, lost_record
 from mergepipe.store.codecs import expect
-from mergepipe.store.commits import decode_commit
 from mergepipe.store.digest import DIGEST_BYTES, Digest
-from mergepipe.store.errors import BadInputError, DamagedError, MergePipeError, UsageError
+from mergepipe.store.errors import DamagedError, MergePipeError, UsageError
 from mergepipe.store.frame import Encoding, Kind
 from mergepipe.store.parallel import Progress, counter, default_workers, run_bounded
 from mergepipe.store.previews import PreviewRow, read_preview, unpack_row
-from mergepipe.store.refs import all_refs, known_lost
+from mergepipe.store.refs import all_refs
 from mergepipe.store.replace import settle
-from mergepipe.store.snapshot import Snapshot
+from mergepipe.store.snapshot import Snapshot, being_read
 from mergepipe.store.usage import object_ids, with_bases
 
 if TYPE_CHECKING:
@@ -100,6 +100,7 @@ def verify(
     Raises:
         NotFoundError: ``ref`` does not exist.
         UsageError: only a check of the whole store, by contents, can be resumed.
+        ConflictError: ``ref`` was removed, and its commit collected, before it was looked at.
     """
     if resume and (ref is not None or fast):
         raise UsageError("only a full check of the whole store can be resumed", hint="mp verify --resume")
@@ -110,9 +111,11 @@ def verify(
     _read_preview_rows(store, findings)
     if ref is None:
         rows = _all_rows(store)
-        _check_records(store, rows, findings)
+        findings.reasons.update(damaged_records(store, rows))
     else:
-        rows = _rows_of(store, store.snapshot(ref), findings)
+        snapshot = store.snapshot(ref)
+        with being_read(store.layout, [snapshot.commit_id]):
+            rows = _rows_of(store, snapshot, findings)
     _check_preview_rows(rows, findings)
     skipped = _done_before(store, rows) if resume else set()
     order = sorted(digest for digest in rows if digest not in skipped)
@@ -200,7 +203,7 @@ def _rows_of(store: Store, snapshot: Snapshot, findings: _Findings) -> dict[Dige
         needed = with_bases(store, object_ids(snapshot))
     except DamagedError as error:  # nobody knows what a damaged tree needs: look at everything
         rows = _all_rows(store)
-        _note_lost(store, error, rows, findings, f"commit {snapshot.commit_id.short}")
+        findings.reasons.update(lost_record(store, rows, error, snapshot.commit_id))
         return rows
     findings.rows = {block: what for block, what in findings.rows.items() if block in needed}
     of_these = ((digest, [each for each in all_ if each.block in needed]) for digest, all_ in findings.previews.items())
@@ -274,64 +277,6 @@ def _check_preview(store: Store, digest: Digest, row: ObjectRow, previewed: Iter
         found = (preview.base, preview.block, bytes([preview.level]), preview.residual)
         if found != (each.base, each.block, each.level, each.row.residual):
             raise DamagedError(f"the preview {digest.short} is not what its row in the catalog says")
-
-
-def _check_records(store: Store, rows: dict[Digest, ObjectRow], findings: _Findings) -> None:
-    """Refs point at commits, commits at parents and trees, trees at objects that have rows.
-
-    Parents that a recovery did not find are no news.
-    """
-    with store.catalog.reading() as view:
-        commits = [(Digest(key), value) for key, value in view.items("commits")]
-        refs, lost = all_refs(view), known_lost(view)
-    known = {digest for digest, _ in commits}
-    for ref in refs:
-        if ref.commit not in known:
-            findings.reasons[ref.commit] = ("commit", f"ref {ref.name!r} points at a commit that is not there")
-    for digest, value in commits:
-        try:
-            commit = decode_commit(value, f"commit {digest.short}")
-            if commit.id != digest:
-                raise BadInputError(f"the catalog's copy of commit {digest.short} is not that commit")
-            for parent in commit.parents:
-                if parent.commit not in known and parent.commit not in lost:
-                    reason = f"commit {digest.short} was made from it, and it is not there"
-                    findings.reasons[parent.commit] = ("commit", reason)
-            _check_sizes(Snapshot(store.reader, digest, commit), rows, findings)
-            for needed in object_ids(Snapshot(store.reader, digest, commit)):
-                if needed not in rows and not _has_row(store, needed):
-                    findings.reasons[needed] = ("unknown", f"commit {digest.short} needs it, and it is not there")
-        except DamagedError as error:
-            if isinstance(error.__cause__, BadInputError):  # what its id says, and no node: its own check finds nothing
-                findings.reasons[digest] = ("commit", error.message)
-            _note_lost(store, error, rows, findings, f"commit {digest.short}")  # one that has a row is found below
-        except MergePipeError as error:
-            findings.reasons[digest] = ("commit", error.message)
-
-
-def _note_lost(
-    store: Store, error: DamagedError, rows: Mapping[Digest, ObjectRow], findings: _Findings, user: str
-) -> None:
-    """What cannot be read and has no row is looked at by nobody else."""
-    lost = error.object_id
-    if lost is not None and lost not in rows and not _has_row(store, lost):
-        findings.reasons[lost] = ("unknown", f"{user} needs it, and it is not there")
-
-
-def _has_row(store: Store, digest: Digest) -> bool:
-    """Whether an object has a row by now: a commit may have come since the rows were read."""
-    with store.catalog.reading() as view:
-        return view.object_row(digest) is not None
-
-
-def _check_sizes(snapshot: Snapshot, rows: Mapping[Digest, ObjectRow], findings: _Findings) -> None:
-    """A tensor's blocks have the sizes that its shape gives them."""
-    for name, entry in snapshot.tensors.items():
-        for index, block in enumerate(entry.blocks):
-            row, size = rows.get(block), entry.block_span(index)[1]
-            if row is not None and row.raw_bytes != size:
-                reason = f"tensor {name!r} needs {size} bytes as block {index}, and {block.short} has {row.raw_bytes}"
-                findings.reasons[snapshot.commit_id] = ("commit", reason)
 
 
 def _mark(store: Store, rows: Iterable[Digest], damaged: set[Digest], *, fast: bool) -> None:

@@ -109,6 +109,7 @@ def test_every_file_of_the_store_is_named_in_one_place() -> None:
     elsewhere = {
         "__init__": "test_store",
         "base_block": "test_ingest_base",
+        "check_records": "test_check",
         "folder": "test_checkpoint",
         "ingest_blocks": "test_ingest_base",
         "analyze": "test_ingest_base",

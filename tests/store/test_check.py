@@ -5,15 +5,18 @@ from __future__ import annotations
 import re
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from mergepipe.store import Digest, Store
 from mergepipe.store import check as check_module
+from mergepipe.store import check_records as check_records_module
 from mergepipe.store.catalog import ObjectRow
 from mergepipe.store.check import verify
 from mergepipe.store.errors import NotFoundError, UsageError
 from mergepipe.store.frame import Kind
+from mergepipe.store.gc import collect
 from mergepipe.store.manifest import build_tree
 from mergepipe.store.publish import Changes, RefUpdate, publish
 from mergepipe.store.staging import Staging
@@ -262,3 +265,18 @@ def test_what_is_collected_meanwhile_is_no_damage(family: Store, monkeypatch: py
 
     monkeypatch.setattr(check_module, "_check_object", collected)
     assert victim not in [damage.id for damage in verify(family).damaged]
+
+
+def test_a_commit_that_is_collected_meanwhile_is_no_damage(family: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is listed first, and looked at when it is gone."""
+    commit = family.resolve("expert1")
+    original = check_records_module._of_commit
+
+    def late(store: Store, digest: Digest, *rest: Any) -> dict[Digest, tuple[str, str]]:
+        if digest == commit:
+            publish(store.catalog, None, Changes(refs=[RefUpdate("expert1", commit, None)]))
+            assert collect(store, apply=True, grace_seconds=0).commits == 1
+        return original(store, digest, *rest)
+
+    monkeypatch.setattr(check_records_module, "_of_commit", late)
+    assert verify(family).damaged == ()

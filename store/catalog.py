@@ -391,7 +391,9 @@ def _explain(error: lmdb.Error, path: Path) -> Exception:
     text = str(error)
     if isinstance(error, lmdb.DiskError) or "No space left" in text or _was_short_write(text, path):
         return explain_os_error(OSError(errno.ENOSPC, text), "writing the catalog")
-    if isinstance(error, (lmdb.CorruptedError, lmdb.InvalidError, lmdb.PageNotFoundError, lmdb.PanicError)):
+    if isinstance(error, lmdb.PanicError):  # of this process alone, after a write that failed
+        return EnvironmentalError(f"the catalog in {path} could not be written: {text}", hint="Run the command again.")
+    if isinstance(error, (lmdb.CorruptedError, lmdb.InvalidError, lmdb.PageNotFoundError)):
         return DamagedError(f"the catalog in {path} is damaged: {text}", hint=_RECOVER)
     if isinstance(error, lmdb.VersionMismatchError):
         return DamagedError(f"the catalog in {path} was written by another LMDB format: {text}", hint=_RECOVER)

@@ -21,13 +21,14 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final
 
 from mergepipe.store.catalog import Catalog, ObjectRow, Reading, Writing, unix_time
 from mergepipe.store.digest import DIGEST_BYTES, Digest
-from mergepipe.store.errors import ConflictError
+from mergepipe.store.errors import ConflictError, MergePipeError
 from mergepipe.store.filesystem import explain_os_error, flush_directory, flush_files, flush_filesystem
 from mergepipe.store.frame import HEADER_BYTES, Encoding, Header, Kind, unpack_header
 from mergepipe.store.interrupts import too_late_to_interrupt
@@ -79,7 +80,8 @@ def replace_objects(catalog: Catalog, batch: Batch, wanted: Sequence[Replacement
                 refuse_other_writers(batch.layout, batch.path)
             return catalog.write(lambda view: _replace(view, batch, declared))
         except BaseException:
-            settle(catalog, batch.layout)
+            with suppress(MergePipeError):  # else whoever comes next does it
+                settle(catalog, batch.layout)
             raise
 
 

@@ -76,16 +76,18 @@ def test_the_catalogs_own_calls_fail(
 ) -> None:
     """What LMDB writes and flushes by itself, in the thread that commits."""
     chosen, found = SCENARIOS[scenario], []
-    before = chosen.look(made[0])
-    root = tmp_path / "whole" / ".mp"
-    shutil.copytree(made[0], root)
+    template, root = tmp_path / "template" / ".mp", tmp_path / "whole" / ".mp"
+    shutil.copytree(made[0], template)
+    chosen.prepare(template)
+    before = chosen.look(template)
+    shutil.copytree(template, root)
     log = tmp_path / "log"
     trace(strace, [], log, scenario, root, made[1])
     wanted = chosen.look(root)
     calls = calls_of_the_first_thread(log)
     for name, number in calls if deep else calls[:: max(1, len(calls) // 3)]:
         root = tmp_path / f"{name}{number}" / ".mp"
-        shutil.copytree(made[0], root)
+        shutil.copytree(template, root)
         said = trace(strace, ["-e", f"inject={name}:error={error}:when={number}"], log, scenario, root, made[1])
         assert "INJECTED" in log.read_text()
         found.append(said)

@@ -6,6 +6,7 @@ import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest.mock import ANY
 
 import pytest
 
@@ -193,6 +194,9 @@ class TestInterrupted:
             verify(family)
         looked.clear()
         monkeypatch.setattr(check_module, "_check_object", original)
+        with monkeypatch.context() as patch:  # one that is not to go on looks at all of it
+            patch.setattr(check_module, "_note_progress", lambda *_: None)
+            assert verify(family) == replace(everything, elapsed_seconds=ANY)
         rest = verify(family, resume=True)
         assert rest.skipped == 20
         assert rest.objects == everything.objects - 20
@@ -218,8 +222,9 @@ class TestInterrupted:
 
     def test_only_a_full_check_can(self, family: Store) -> None:
         for options in ({"fast": True}, {"ref": "base"}):
-            with pytest.raises(UsageError):
+            with pytest.raises(UsageError, match="only a full check of the whole store can be resumed") as caught:
                 verify(family, resume=True, **options)  # type: ignore[arg-type]
+            assert caught.value.hint == "mp verify --resume"
 
 
 def test_what_is_relied_on_meanwhile_is_damage_all_the_same(family: Store, monkeypatch: pytest.MonkeyPatch) -> None:

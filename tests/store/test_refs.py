@@ -132,8 +132,13 @@ class TestNames:
 
     @pytest.mark.parametrize("data", [b"", b"{}", b"[]", b'{"name":"a","commit":"x","kind":"branch"}', b"\xff"])
     def test_other_bytes_are_damage(self, data: bytes) -> None:
-        with pytest.raises(DamagedError):
+        with pytest.raises(DamagedError, match=r"^a ref's row in the catalog cannot be read \(.+\)$") as caught:
             decode_ref(data)
+        assert "(None)" not in caught.value.message
+
+    def test_which_is_said(self) -> None:
+        with pytest.raises(DamagedError, match=r"\(a ref's row: not valid JSON"):
+            decode_ref(b"{")
 
 
 class TestResolving:
@@ -324,5 +329,6 @@ def test_a_commits_row_that_cannot_be_read_is_damage(history: History) -> None:
     with history.catalog.reading() as view:
         assert load_commit(view, digest).message == "1"
     history.catalog.write(lambda view: view.put("commits", digest, b'{"tree":1}'))
-    with history.catalog.reading() as view, pytest.raises(DamagedError, match=digest.short):
+    with history.catalog.reading() as view, pytest.raises(DamagedError, match=digest.short) as caught:
         load_commit(view, digest)
+    assert caught.value.hint == "`mp verify` lists what is damaged."

@@ -82,7 +82,7 @@ def why_unsafe(path: Path) -> str:
 
 
 def check_pages(path: Path) -> None:
-    """Look at every page; raises DamagedError where LMDB could end the process. Takes a second for some 500 MB.
+    """Look at every page; raises DamagedError where LMDB could end the process. Takes a second for some 250 MB.
 
     Raises:
         DamagedError: some of it cannot be read.
@@ -160,7 +160,7 @@ class _File:
             self._check_tree(root)
 
     def _check_tree(self, root: int) -> None:
-        """What :meth:`tree` looks at, without making anything of it: a tenth of the time. Raises _BrokenError."""
+        """What :meth:`tree` looks at, without making anything of it, in less time. Raises _BrokenError."""
         waiting = [] if root == _NOWHERE else [(root, 0)]
         leaves = -1  # how deep they are: all the same
         while waiting:
